@@ -18,11 +18,11 @@ class _Line(logging.Formatter):
         super().__init__(datefmt="%m-%d %H:%M:%S")
         self._process = f"[{process}] " if process else ""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name is logging's)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         where = record.name.removeprefix(_ROOT + ".")
         return f"{record.levelname} {self.formatTime(record, self.datefmt)} {self._process}{where}: {record.message}"
 
-    def usesTime(self) -> bool:  # noqa: N802 (the name is logging's)
+    def usesTime(self) -> bool:
         return True
 
 

@@ -1,4 +1,4 @@
-"""Makes every run alike: one thread a process, no network, seeds from the test's own name, fixed hypothesis examples."""
+"""Makes every run alike: one thread a process, no network, seeds from the test's name, fixed hypothesis examples."""
 
 import hashlib
 import os
