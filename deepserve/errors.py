@@ -1,0 +1,23 @@
+"""The one error type that a user sees: what is wrong, where, the limit, and what would work."""
+
+from __future__ import annotations
+
+
+class AskError(ValueError):
+    """A request, flag, file or combination that cannot be honoured.
+
+    `field` names what was asked (a flag, a request field, a file, a tensor), `hint` says what would work.
+    The command line turns it into exit code 2, the server into HTTP 400 (or `status`).
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.hint = hint
+        self.status = status
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        hint = f"\nhint: {self.hint}" if self.hint else ""
+        return f"{where}{self.message}{hint}"

@@ -1,0 +1,46 @@
+"""What a model caches, layer by layer: kinds, bytes per token, and what a block must be a multiple of. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepserve.architecture import Architecture, Mla
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """One cache of one layer. `kind`: mla_latent (one row of kv_rank + rope_dim a token) or kv_heads (K row and V row).
+
+    `row` is the shape of one token's entry; `dtype` the stored type; `window` the tokens that stay visible, None for all.
+    """
+
+    kind: str
+    layer: int
+    row: tuple[int, ...]
+    dtype: str
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in this cache."""
+        size = DTYPE_BYTES[self.dtype]
+        for length in self.row:
+            size *= length
+        return size
+
+
+def cache_specs(architecture: Architecture, dtype: str, with_mtp: bool = False) -> list[CacheSpec]:
+    """The caches of every layer in order (architectures.md section 8: 1,152 bytes a token and layer for V3 in bf16)."""
+    num_layers = architecture.num_layers + (architecture.num_mtp_layers if with_mtp else 0)
+    attention = architecture.attention
+    if isinstance(attention, Mla):
+        return [CacheSpec("mla_latent", i, (attention.kv_rank + attention.rope_dim,), dtype) for i in range(num_layers)]
+    row = (2, attention.num_kv_heads, attention.head_dim)
+    return [CacheSpec("kv_heads", i, row, dtype, attention.sliding_windows[i]) for i in range(num_layers)]
+
+
+def bytes_per_token(specs: list[CacheSpec]) -> int:
+    """Cache bytes of one token over all layers."""
+    return sum(spec.bytes_per_token for spec in specs)

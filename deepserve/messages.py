@@ -1,0 +1,95 @@
+"""What crosses the line between a door (LLM, server) and the engine: plain closed dataclasses, no torch.
+
+In-process they are passed as they are; between processes `engine/transport.py` encodes them with msgspec by these types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deepserve.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """One sequence to generate (n > 1 is split into n of these by the door, each with its own id and seed)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_time: float
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(slots=True)
+class AbortRequests:
+    """Ends these requests wherever they are; unknown ids are ignored (they may just have finished)."""
+
+    request_ids: list[str]
+
+
+@dataclass(slots=True)
+class Control:
+    """A verb for the engine itself: reset_prefix_cache, drain, shutdown."""
+
+    verb: str
+    ticket: int = 0
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token's first, then the top ones. Ranks count from 1."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True)
+class RequestDelta:
+    """What one step added to one request. `finish_reason`: None while running, else stop, length, abort or error."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, where asked
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first token; entry 0 is None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the stop token id that ended it; the door sets stop strings
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    scheduled_time: float = 0.0  # when it first got into a batch (time.time)
+    num_preemptions: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot after a step. Counters are totals since start."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # 0 to 1
+    num_steps: int
+    num_prefix_queries: int  # tokens looked up
+    num_prefix_hits: int  # tokens found
+    num_preemptions: int
+    num_scheduled_tokens: int  # in this step
+    step_time: float  # seconds, schedule to publish
+    time: float  # time.time of the snapshot: the heartbeat
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """All that one engine step publishes."""
+
+    deltas: list[RequestDelta]
+    stats: EngineStats
+
+
+@dataclass(slots=True)
+class ControlDone:
+    """The answer to a Control with the same ticket."""
+
+    ticket: int
+    ok: bool
+    message: str = ""

@@ -1,0 +1,90 @@
+"""What an op is: a contract with a plain PyTorch reference that defines it, and a leaf of the traced graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The least work one call must do: bytes moved (each input read once, each output written once) and FLOPs."""
+
+    num_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One generated test and bench input: `make(generator, dtype, device)` returns fresh random arguments."""
+
+    name: str
+    make: Callable[[torch.Generator, torch.dtype, str], tuple[Any, ...]]
+    bench: bool = False  # large enough to time
+
+
+class Op:
+    """A named operation. Called on tensors it runs its reference; called on FX proxies it records itself as one node.
+
+    `fused` ops are written with other ops: their traced reference is the pattern that graph/rewrite.py replaces.
+    `tolerance` maps a dtype to (rtol, atol) against the reference; `writes` names arguments that are written in place.
+    Ops are called with positional arguments only, so that a pattern matches whatever the spelling.
+    """
+
+    _inlining = False  # while a pattern is traced, fused ops dissolve into the ops they are written with
+
+    def __init__(self, reference: Callable[..., Any], **contract: Any):
+        self.reference = reference
+        self.name = self.__name__ = self.__qualname__ = reference.__name__
+        self.__doc__ = reference.__doc__
+        self.__module__ = reference.__module__
+        self.fused: bool = contract.pop("fused", False)
+        self.cases: Sequence[Case] = contract.pop("cases", ())
+        self.tolerance: dict[torch.dtype, tuple[float, float]] = contract.pop("tolerance", {})
+        self.cost: Callable[..., Cost] | None = contract.pop("cost", None)
+        self.writes: tuple[str, ...] = contract.pop("writes", ())
+        if contract:
+            raise TypeError(f"op {self.name}: unknown {sorted(contract)}")
+        self.parameters = tuple(inspect.signature(reference).parameters)
+
+    def __call__(self, *args: Any) -> Any:
+        for value in args:
+            if isinstance(value, fx.Proxy):
+                if self.fused and Op._inlining:
+                    return self.reference(*args)
+                return value.tracer.create_proxy("call_function", self, args, {})
+        return self.reference(*args)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+def op(**contract: Any) -> Callable[[Callable[..., Any]], Op]:
+    """Makes the decorated function the reference of an op (see Op for the contract)."""
+    return lambda reference: Op(reference, **contract)
+
+
+@contextmanager
+def inlining() -> Iterator[None]:
+    """While open, fused ops called on proxies dissolve into the ops they are written with."""
+    Op._inlining = True
+    try:
+        yield
+    finally:
+        Op._inlining = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One implementation of an op, bound once by the plan. `pack` rewrites the op's weight argument once, after loading."""
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    pack: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None)

@@ -1,0 +1,1 @@
+"""From a schedule to sampled tokens: inputs, forward, sampling."""
