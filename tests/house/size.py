@@ -1,0 +1,37 @@
+"""Counts the product's lines: the budget that keeps it readable by one person. `make size` prints them."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = 12_000
+SOURCES = {".py", ".sh", ".js", ".css", ".html"}
+OUTSIDE = {"tests", "build", "dist"}
+
+
+def product_files() -> dict[str, int]:
+    """Lines by path from the root, for every source file outside tests/ (test_*.py beside an op is a test too)."""
+    lines = {}
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in OUTSIDE)
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith("test_")):
+            if path.suffix in SOURCES:
+                lines[str(path.relative_to(ROOT))] = len(path.read_text().splitlines())
+    return lines
+
+
+def main() -> None:
+    files = product_files()
+    rooms = Counter()
+    for path, count in files.items():
+        rooms["/".join(Path(path).parts[:2]) if "/" in path else "."] += count
+    for room, count in sorted(rooms.items()):
+        print(f"{count:7,}  {room}")
+    print(f"{sum(files.values()):7,}  of {BUDGET:,} lines outside tests, in {len(files)} files; the largest:")
+    for path, count in sorted(files.items(), key=lambda item: -item[1])[:10]:
+        print(f"{count:7,}  {path}")
+
+
+if __name__ == "__main__":
+    main()
