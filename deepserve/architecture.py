@@ -123,7 +123,7 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
 
     def is_moe(self, layer: int) -> bool:
-        """Whether decoder layer `layer` has routed experts (the MTP layer, num_layers, does where the last one does)."""
+        """Whether decoder layer `layer` has routed experts; the MTP layer (index num_layers) follows the last one."""
         return self.moe is not None and self.moe.layers[min(layer, self.num_layers - 1)]
 
 
@@ -184,7 +184,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
     num_layers = keys.size("num_hidden_layers")
     attention: Mla | Gqa
     if family in MLA_FAMILIES:
-        rope = _rope(keys, keys.size("qk_rope_head_dim"), interleaved=True)
+        rope = _rope(keys, keys.size("qk_rope_head_dim"), interleaved=keys.get("rope_interleave", bool, True))
         attention = _mla(keys, rope)
     else:
         head_dim = keys.size("head_dim", None) or keys.size("hidden_size") // keys.size("num_attention_heads")
@@ -230,7 +230,7 @@ def _rope(keys: _Keys, dim: int, interleaved: bool) -> Rope:
             f"is {kind!r}", field="config.json: rope_parameters.rope_type", hint="served: default, linear, yarn, llama3"
         )
     partial = inner.get("partial_rotary_factor", float, None) or keys.get("partial_rotary_factor", float, 1.0)
-    if partial != 1.0 and not interleaved:
+    if partial != 1.0 and "qk_rope_head_dim" not in keys.config:
         raise AskError(f"is {partial}", field="config.json: partial_rotary_factor", hint="only 1.0 is served")
     original = inner.get("original_max_position_embeddings", int, None) or keys.size("max_position_embeddings")
     return Rope(
@@ -311,7 +311,7 @@ def _moe(keys: _Keys, family: str, num_layers: int) -> Moe | None:
         step = keys.size("decoder_sparse_step", 1)
         dense = set(keys.get("mlp_only_layers", list, []))
         return Moe(
-            num_experts=keys.size("num_experts"),
+            num_experts=keys.size("num_experts", None) or keys.size("num_local_experts"),
             num_shared_experts=0,
             top_k=keys.size("num_experts_per_tok"),
             intermediate_size=keys.size("moe_intermediate_size"),
