@@ -7,15 +7,25 @@ class AskError(ValueError):
     """A request, flag, file or combination that cannot be honoured.
 
     `field` names what was asked (a flag, a request field, a file, a tensor), `hint` says what would work.
-    The command line turns it into exit code 2, the server into HTTP 400 (or `status`).
+    The command line turns it into exit code 2, the server into HTTP 400 (or `status`). `code` is a stable word for
+    clients that look at errors by program, such as context_length_exceeded.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None, status: int = 400):
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        hint: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.message = message
         self.field = field
         self.hint = hint
         self.status = status
+        self.code = code
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
