@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -29,11 +31,27 @@ class Case:
     bench: bool = False  # large enough to time
 
 
+def normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Fresh standard normal numbers, the same on every device."""
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+def integers(generator: torch.Generator, high: int, shape: Sequence[int], device: str) -> torch.Tensor:
+    """Fresh int64 in [0, high), the same on every device."""
+    return torch.randint(high, tuple(shape), generator=generator).to(device)
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    """Bytes of all elements of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 class Op:
     """A named operation. Called on tensors it runs its reference; called on FX proxies it records itself as one node.
 
     `fused` ops are written with other ops: their traced reference is the pattern that graph/rewrite.py replaces.
-    `tolerance` maps a dtype to (rtol, atol) against the reference; `writes` names arguments that are written in place.
+    `tolerance` maps the dtype of an output to (rtol, atol) against the reference (absent: bitwise); `writes` names
+    arguments that are written in place; `dtypes` are the floating dtypes that `cases` make sense in.
     Ops are called with positional arguments only, so that a pattern matches whatever the spelling.
     """
 
@@ -49,6 +67,7 @@ class Op:
         self.tolerance: dict[torch.dtype, tuple[float, float]] = contract.pop("tolerance", {})
         self.cost: Callable[..., Cost] | None = contract.pop("cost", None)
         self.writes: tuple[str, ...] = contract.pop("writes", ())
+        self.dtypes: tuple[torch.dtype, ...] = contract.pop("dtypes", FLOATS)
         if contract:
             raise TypeError(f"op {self.name}: unknown {sorted(contract)}")
         self.parameters = tuple(inspect.signature(reference).parameters)
@@ -82,7 +101,7 @@ def inlining() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of an op, bound once by the plan. `pack` rewrites the op's weight argument once, after loading."""
+    """One implementation of an op, bound once by the plan. `pack` rewrites its weight argument once, after loading."""
 
     op: str
     name: str

@@ -1,0 +1,5 @@
+"""The residual addition."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

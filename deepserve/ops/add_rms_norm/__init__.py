@@ -1,0 +1,5 @@
+"""Residual addition and RMS normalisation in one pass."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

@@ -1,0 +1,5 @@
+"""The most likely token of each row."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

@@ -1,0 +1,86 @@
+"""Which ops exist, which kernels each has, and what each kernel needs. No torch: the plan reads this on any machine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepserve.errors import AskError
+
+if TYPE_CHECKING:
+    from deepserve.hardware import Hardware
+    from deepserve.ops.op import Kernel, Op
+
+ROOMS = Path(__file__).parent
+
+
+def anywhere(hardware: Hardware, dtype: str) -> str | None:
+    """Needs nothing."""
+    return None
+
+
+def a_gpu(hardware: Hardware, dtype: str) -> str | None:
+    """Needs a GPU that Triton compiles for."""
+    return None if hardware.kind in ("cuda", "hip") else f"needs an AMD or NVIDIA GPU, and {hardware.name} is none"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """One kernel of a room, described without importing it.
+
+    `module` is the file in the room whose `KERNEL` it is (None: the op's own reference). `needs(hardware, dtype)`, the
+    dtype bf16, fp16 or fp32, returns None where the kernel can run and one sentence where it cannot. `exactness` is
+    against the reference: bitwise, or within the op's tolerance.
+    """
+
+    name: str
+    module: str | None = None
+    needs: Callable[[Hardware, str], str | None] = anywhere
+    exactness: str = "bitwise"
+
+
+REFERENCE = KernelInfo("reference")
+
+
+def triton(exactness: str) -> KernelInfo:
+    """The room's portable Triton kernel: one source for gfx942, gfx950 and sm_90."""
+    return KernelInfo("triton", "triton", a_gpu, exactness)
+
+
+@cache
+def inventory() -> dict[str, tuple[KernelInfo, ...]]:
+    """Every op's name and its kernels, the reference first."""
+    rooms = sorted(path.parent.name for path in ROOMS.glob("*/spec.py"))
+    return {room: tuple(importlib.import_module(f"deepserve.ops.{room}").KERNELS) for room in rooms}
+
+
+def load_op(op_name: str) -> Op:
+    """The op itself (imports torch)."""
+    if op_name not in inventory():
+        raise AskError(f"there is no op {op_name!r}", field="op", hint=f"ops: {', '.join(inventory())}")
+    op: Op = getattr(importlib.import_module(f"deepserve.ops.{op_name}.spec"), op_name)
+    return op
+
+
+def load_kernel(op_name: str, kernel_name: str) -> Kernel:
+    """Imports one kernel (and torch, and whatever the kernel binds). AskError where the room has none of that name."""
+    from deepserve.ops.op import Kernel
+
+    op = load_op(op_name)
+    for info in inventory()[op_name]:
+        if info.name == kernel_name:
+            if info.module is None:
+                return Kernel(op_name, info.name, op.reference)
+            kernel: Kernel = importlib.import_module(f"deepserve.ops.{op_name}.{info.module}").KERNEL
+            return kernel
+    names = ", ".join(info.name for info in inventory()[op_name])
+    raise AskError(f"there is no kernel {kernel_name!r}", field=f"op {op_name}", hint=f"kernels: {names}")
+
+
+def refusals(op_name: str, hardware: Hardware, dtype: str) -> dict[str, str | None]:
+    """Kernel name -> None where it can run on `hardware`, else the sentence why not."""
+    return {info.name: info.needs(hardware, dtype) for info in inventory()[op_name]}

@@ -1,0 +1,60 @@
+"""Dynamic FP8 quantisation of activations (DeepSeek-V3, section 3.3), one scale a token and group of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from deepserve.ops.op import Case, Cost, nbytes, normal, op
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+FLOOR = 1e-4  # the least amax, as in DeepSeek's kernels: a group of zeros has a scale too
+
+# A value that lands on the other side of a rounding boundary is one FP8 step away (2^-3); scales are rounded once.
+TOLERANCE = {FP8[0]: (0.13, 2**-9), FP8[1]: (0.13, 2**-10), torch.float32: (1e-2, 0.0)}
+
+
+def _case(num_tokens: int, hidden: int, power_of_two: bool, dtype8: torch.dtype = FP8[0], bench: bool = False) -> Case:
+    form = ("e4m3fn" if dtype8 == FP8[0] else "e4m3fnuz") + "-ue8m0" * power_of_two
+    return Case(
+        f"T{num_tokens}-H{hidden}-{form}",
+        lambda generator, dtype, device: (
+            normal(generator, (num_tokens, hidden), dtype, device),
+            128,
+            power_of_two,
+            dtype8,
+        ),
+        bench,
+    )
+
+
+def _cost(x: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dtype) -> Cost:
+    return Cost(nbytes(x) + x.numel() + 4 * x.numel() // group, 3 * x.numel())
+
+
+@op(
+    cases=(
+        _case(1, 128, False),
+        _case(3, 200, False),
+        _case(5, 1024, True),
+        _case(2, 512, False, FP8[1]),
+        _case(2, 512, True, FP8[1]),
+        _case(4096, 7168, False, bench=True),
+    ),
+    cost=_cost,
+)
+def quant_fp8(x: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, H] -> (x8 [T, H] of `dtype`, scales [T, ceil(H / group)] fp32), with x ≈ x8 * scale of its group.
+
+    scale = max(amax, 1e-4) / largest value of `dtype` (448 for float8_e4m3fn, 240 for float8_e4m3fnuz: gfx942), rounded
+    up to a power of two where `power_of_two` (ue8m0); x8 = x / scale, clamped, rounded to nearest even.
+    """
+    num_tokens, hidden = x.shape
+    largest = torch.finfo(dtype).max
+    grouped = F.pad(x.float(), (0, -hidden % group)).view(num_tokens, -1, group)
+    scales = grouped.abs().amax(-1).clamp_min(FLOOR) / largest
+    if power_of_two:
+        bits = scales.view(torch.int32)  # the exponent, plus one where the mantissa is not 0
+        scales = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    x8 = (grouped / scales.unsqueeze(-1)).clamp(-largest, largest).to(dtype)
+    return x8.view(num_tokens, -1)[:, :hidden], scales

@@ -1,0 +1,5 @@
+"""Root-mean-square normalisation."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

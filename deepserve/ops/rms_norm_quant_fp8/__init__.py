@@ -1,0 +1,5 @@
+"""RMS normalisation and FP8 quantisation in one pass."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

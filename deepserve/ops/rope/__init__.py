@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

@@ -1,0 +1,5 @@
+"""The gated activation of SwiGLU."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

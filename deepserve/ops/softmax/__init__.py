@@ -1,0 +1,5 @@
+"""Probabilities of each row at its temperature."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

@@ -1,0 +1,5 @@
+"""Writes the compressed latents of MLA to their cache slots."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)
