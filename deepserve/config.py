@@ -25,8 +25,6 @@ class Knob:
 
 def _knob(default: Any, group: str, text: str, **more: Any) -> Any:
     knob = Knob(group, text, **more)
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"knob": knob})
     return dataclasses.field(default=default, metadata={"knob": knob})
 
 
@@ -114,8 +112,9 @@ class Config:
 
     on: tuple[str, ...] = _knob((), "optimizations", "switch these on (see docs/reference/optimizations.md)")
     off: tuple[str, ...] = _knob((), "optimizations", "switch these off")
-    kernels: dict[str, str] = _knob(
-        {}, "optimizations", 'kernel of an op, as in --kernels.rms_norm reference or {"rms_norm": "reference"}'
+    kernels: dict[str, str] = dataclasses.field(
+        default_factory=dict,
+        metadata={"knob": Knob("optimizations", "kernel of an op, as in --kernels.rms_norm reference")},
     )
 
     host: str | None = _knob(None, "server", "address to listen on: 127.0.0.1, or all with --api-key")

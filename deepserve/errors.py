@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class AskError(ValueError):
     """A request, flag, file or combination that cannot be honoured.
@@ -31,3 +34,10 @@ class AskError(ValueError):
         where = f"{self.field}: " if self.field else ""
         hint = f"\nhint: {self.hint}" if self.hint else ""
         return f"{where}{self.message}{hint}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelled name: the closest known one, or all of them where none is close."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"

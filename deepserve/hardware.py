@@ -18,8 +18,8 @@ GIB = 1024**3
 class Hardware:
     """One kind of device and how many of them one machine has. Memory and bandwidth are those of one device.
 
-    kind: cpu, cuda (NVIDIA) or hip (AMD). bandwidth is bytes/s, flops the dense peak by dtype (both as the vendor states
-    them; 0 or absent: not known). free_bytes is what other programs leave (None: all of it).
+    kind: cpu, cuda (NVIDIA) or hip (AMD). bandwidth is bytes/s, flops the dense peak by dtype (both as the vendor
+    states them; 0 or absent: not known). free_bytes is what other programs leave (None: all of it).
     """
 
     name: str
@@ -60,7 +60,7 @@ def _gpu(name: str, kind: str, arch: str, gib: float, terabytes_s: float, *teraf
     return Hardware(name, kind, arch, int(gib * GIB), terabytes_s * 1e12, {"bf16": bf16, "fp16": bf16, "fp8": fp8})
 
 
-# Memory as the drivers report it (a 192 GB MI300X has 192 GiB, an 80 GB H100 79.6), rates as the data sheets state them.
+# Memory as the drivers report it (a 192 GB MI300X has 192 GiB, an 80 GB H100 79.6), rates as data sheets state them.
 TABLE = {
     "mi300x": _gpu("MI300X", "hip", "gfx942", 191.7, 5.3, 1307, 2615),
     "mi325x": _gpu("MI325X", "hip", "gfx942", 255.7, 6.0, 1307, 2615),
@@ -107,7 +107,7 @@ def _from_torch(torch) -> Hardware:
 
 
 def this_cpu(read: Callable[[str], str] | None = None) -> Hardware:
-    """This machine's CPU from /proc and the limits of its cgroup. `read` gives a file's text, empty if there is none."""
+    """This machine's CPU from /proc and the limits of its cgroup. `read` gives a file's text, empty for none."""
     read = read or _read
     info = read("/proc/cpuinfo")
     flags = set(_line(info, "flags").split()) | set(_line(info, "Features").split())

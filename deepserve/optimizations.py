@@ -1,0 +1,182 @@
+"""Every speed-up as a row: from it come its switch, its line in the documentation, its on/off test and its ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepserve.config import Config
+from deepserve.errors import AskError, did_you_mean
+from deepserve.facts import Facts
+
+EXACTNESS = {
+    "bitwise": "the same bits",
+    "greedy": "the same greedy tokens",
+    "tolerance": "logits within the tolerance of the kernels",
+    "accuracy": "other numbers, within an accuracy gate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One optimization. `counter` says what engine.counters[name] counts: a row that is on and counts nothing is INERT.
+
+    default: "on" wherever it is possible, "gpu" only there, or "off". needs(facts, dtype) is None or why not.
+    requires and conflicts name other rows. `kernels` may only be chosen while the row is on; `fuses` names the op that
+    the graph rewriting may put in; `field` is the Config field that switches the row as well.
+    """
+
+    name: str
+    sentence: str
+    exactness: str
+    counter: str
+    default: str = "on"
+    needs: Callable[[Facts, str], str | None] = lambda facts, dtype: None
+    requires: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    fuses: str | None = None
+    field: str | None = None
+
+
+def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
+    return None if facts.architecture.quantization else "the checkpoint's weights are not FP8"
+
+
+def _fusion(op: str, sentence: str, *requires: str) -> Row:
+    return Row(
+        f"fusion_{op}", sentence, "bitwise", "places in the graph where it was put in", requires=requires, fuses=op
+    )
+
+
+TABLE = (
+    Row(
+        "prefix_caching",
+        "Prompts that begin alike share the KV cache of what they share.",
+        "greedy",
+        "prompt tokens found in the cache",
+        field="enable_prefix_caching",
+    ),
+    Row(
+        "chunked_prefill",
+        "A prompt may span several steps, so that answers that are being written go on beside it.",
+        "greedy",
+        "steps that computed a part of a prompt",
+        field="enable_chunked_prefill",
+    ),
+    Row(
+        "async_scheduling",
+        "The next step is scheduled while a step runs; its sampled tokens stay on the device.",
+        "greedy",
+        "steps scheduled before the result of the step before them was known",
+        default="gpu",
+        field="async_scheduling",
+    ),
+    Row(
+        "triton_kernels",
+        "Portable Triton kernels in the place of the references.",
+        "tolerance",
+        "calls in the graph that a Triton kernel serves",
+        kernels=("triton",),
+    ),
+    Row(
+        "cpu_kernels",
+        "Attention, experts and routing in forms that suit a CPU's caches and threads.",
+        "tolerance",
+        "calls in the graph that a CPU kernel serves",
+        kernels=("cpu",),
+    ),
+    Row(
+        "packed_linear",
+        "Linear weights are packed once, after loading, in the layout that oneDNN computes in.",
+        "tolerance",
+        "linear layers with packed weights",
+        kernels=("onednn",),
+    ),
+    Row(
+        "fp8_linear",
+        "The weights of an FP8 checkpoint stay in FP8, and activations are quantised to it in groups of 128 channels.",
+        "accuracy",
+        "linear layers with FP8 weights",
+        default="off",
+        needs=_an_fp8_checkpoint,
+    ),
+    _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
+    _fusion("rms_norm_quant_fp8", "A norm and the FP8 quantisation of its result are one pass.", "fp8_linear"),
+    _fusion("add_rms_norm_quant_fp8", "Residual addition, norm and FP8 quantisation are one pass.", "fp8_linear"),
+    _fusion(
+        "silu_mul_quant_fp8", "The gated activation and the FP8 quantisation of its result are one pass.", "fp8_linear"
+    ),
+)
+
+ROWS = {row.name: row for row in TABLE}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a row is on, and why."""
+
+    on: bool
+    reason: str
+
+
+def decide(config: Config, facts: Facts, dtype: str) -> dict[str, Decision]:
+    """Every row on or off. AskError where what was asked is unknown, impossible or contradicts itself."""
+    asked = _asked(config)
+    decisions: dict[str, Decision] = {}
+    for row in TABLE:
+        why_not = _why_not(row, facts, dtype, asked, decisions)
+        want = asked.get(row.name)
+        if want and why_not:
+            raise AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or --off {row.name}")
+        if want is not None:
+            decisions[row.name] = Decision(want, "asked for")
+        elif why_not or row.default == "off":
+            decisions[row.name] = Decision(False, why_not or "off unless asked for: it changes the numbers")
+        elif row.default == "gpu" and facts.hardware.device == "cpu":
+            decisions[row.name] = Decision(False, "the CPU that would schedule is the one that computes")
+        else:
+            decisions[row.name] = Decision(True, EXACTNESS[row.exactness])
+    return decisions
+
+
+def _asked(config: Config) -> dict[str, bool]:
+    """What --on, --off and the Config fields of rows say. A field that still has its default says nothing."""
+    for name in (*config.on, *config.off):
+        if name not in ROWS:
+            raise AskError(f"there is no optimization {name!r}", field="on/off", hint=did_you_mean(name, ROWS))
+    asked = {}
+    for row in TABLE:
+        said = {flag for flag, names in ((True, config.on), (False, config.off)) if row.name in names}
+        value = getattr(config, row.field) if row.field else None
+        if value is not None and value != getattr(Config(), row.field or ""):
+            said.add(value)
+        if len(said) > 1:
+            raise AskError("is switched both on and off", field=row.name, hint="say it once")
+        if said:
+            asked[row.name] = said.pop()
+    return asked
+
+
+def _why_not(row: Row, facts: Facts, dtype: str, asked: dict[str, bool], decided: dict[str, Decision]) -> str | None:
+    if sentence := row.needs(facts, dtype):
+        return sentence
+    for name in row.requires:
+        if not decided[name].on:
+            return f"{name} is off"
+    for name in row.conflicts:
+        if asked.get(name) or (name in decided and decided[name].on):
+            return f"{name} is on"
+    if row.kernels:
+        infos = [info for room in facts.inventory.values() for info in room if info.name in row.kernels]
+        reasons = [info.needs(facts.hardware, dtype) for info in infos]
+        if all(reasons):
+            return reasons[0] if reasons else f"no op has a kernel {row.kernels[0]}"
+    if row.fuses and row.fuses not in facts.inventory:
+        return f"there is no op {row.fuses}"
+    return None
+
+
+def row_of_kernel(kernel: str) -> Row | None:
+    """The row without which a kernel of this name is not chosen."""
+    return next((row for row in TABLE if kernel in row.kernels), None)

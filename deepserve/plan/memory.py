@@ -1,0 +1,211 @@
+"""Where the memory of one device goes: weights, workspace, KV cache, and how many tokens and requests that holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from deepserve.architecture import Architecture, Gqa, Mla
+from deepserve.errors import AskError
+from deepserve.hardware import GIB, TABLE, Hardware
+from deepserve.kv_cache.spec import DTYPE_BYTES, bytes_per_token, cache_specs
+from deepserve.plan.parameters import weight_bytes
+
+CPU_KV_SHARE = 0.4
+CPU_KV_LIMIT = 8 * GIB
+GPU_RUNTIME_BYTES = GIB  # driver context, allocator slack, library handles
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMap:
+    """Bytes of one device (of the CPU's memory where that computes). `num_tokens` fit into `kv_bytes`."""
+
+    total_bytes: int
+    budget_bytes: int  # what may be used: the rest is left to others
+    weight_bytes: int
+    workspace_bytes: int  # estimated peak of activations, logits and per-request state
+    kv_bytes: int
+    kv_bytes_per_token: int
+    num_tokens: int
+    concurrency: float  # requests of max_model_len that fit at once
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget."""
+        return self.budget_bytes - self.weight_bytes - self.workspace_bytes - self.kv_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the memory has to hold, besides the tokens that are still to be counted."""
+
+    architecture: Architecture
+    hardware: Hardware
+    dtype: str
+    kv_dtype: str
+    tensor_parallel_size: int
+    keep_fp8: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    whole_prompts: bool  # no chunked prefill: a step must hold the longest prompt
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one rank's weights."""
+        return weight_bytes(self.architecture, self.dtype, self.tensor_parallel_size, self.keep_fp8)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one rank caches for a token: an MLA latent whole on every rank, K/V heads divided among them."""
+        whole = bytes_per_token(cache_specs(self.architecture, self.kv_dtype))
+        attention = self.architecture.attention
+        if isinstance(attention, Gqa):
+            heads = math.ceil(attention.num_kv_heads / self.tensor_parallel_size)
+            return whole // attention.num_kv_heads * heads
+        return whole
+
+    def batched_tokens(self, max_model_len: int) -> int:
+        """Most tokens of a step."""
+        return max(self.max_num_batched_tokens, max_model_len) if self.whole_prompts else self.max_num_batched_tokens
+
+    def workspace_bytes(self, max_model_len: int) -> int:
+        """An estimate of the peak beside weights and cache: the widest layer of a full step, one long request's
+        expanded keys and values (MLA), fp32 logits three times, and the token and block tables of every slot."""
+        a, size = self.architecture, DTYPE_BYTES[self.dtype]
+        tokens = min(self.batched_tokens(max_model_len), self.max_num_seqs * max_model_len)
+        widest = 3 * a.intermediate_size
+        if a.moe is not None:
+            widest = max(widest, a.moe.top_k * (3 * a.moe.intermediate_size + a.hidden_size))
+        heads = a.attention.num_heads / self.tensor_parallel_size
+        if isinstance(a.attention, Mla):
+            widest = max(widest, int(heads * (a.attention.nope_dim + a.attention.rope_dim) * 2))
+            width = a.attention.nope_dim + a.attention.rope_dim + a.attention.v_dim
+        else:
+            width = 2 * a.attention.head_dim
+        layer = tokens * (4 * a.hidden_size + widest / self.tensor_parallel_size) * size
+        context = max_model_len * heads * width * size
+        logits = 3 * 4 * self.max_num_seqs * a.vocab_size
+        slots = 2 * 4 * self.max_num_seqs * max_model_len
+        runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES
+        return int(layer + context + logits + slots) + runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What was asked of the cache: its bytes or blocks (None: what is free), and the share of a GPU to use."""
+
+    block_size: int
+    kv_bytes: int | None
+    num_blocks: int | None
+    utilization: float
+
+
+def budget_bytes(hardware: Hardware, utilization: float) -> int:
+    """What the engine may use: a share of a GPU, less what others hold of it; of a CPU's memory what is free."""
+    if hardware.kind == "cpu":
+        return hardware.available_bytes
+    return min(int(hardware.memory_bytes * utilization), hardware.available_bytes)
+
+
+def kv_room(load: Load, wish: Wish, max_model_len: int) -> int:
+    """Bytes that the KV cache gets; negative where weights and workspace alone are too much."""
+    spare = budget_bytes(load.hardware, wish.utilization) - load.weight_bytes - load.workspace_bytes(max_model_len)
+    block_bytes = wish.block_size * load.kv_bytes_per_token
+    asked = wish.kv_bytes if wish.num_blocks is None else wish.num_blocks * block_bytes
+    if asked is not None:
+        return asked if asked <= spare else spare
+    if load.hardware.kind != "cpu" or spare < 0:
+        return spare
+    useful = load.max_num_seqs * math.ceil(max_model_len / wish.block_size) * block_bytes
+    return min(int(spare * CPU_KV_SHARE), CPU_KV_LIMIT, useful)
+
+
+def num_blocks(load: Load, wish: Wish, max_model_len: int) -> int:
+    """Whole blocks in that room."""
+    return max(kv_room(load, wish, max_model_len), 0) // (wish.block_size * load.kv_bytes_per_token)
+
+
+def fits(load: Load, wish: Wish, max_model_len: int) -> bool:
+    """Whether one request of that length fits."""
+    return num_blocks(load, wish, max_model_len) * wish.block_size >= max_model_len
+
+
+def longest_that_fits(load: Load, wish: Wish, limit: int) -> int:
+    """The largest max_model_len up to `limit` of which one request fits; 0 where none does."""
+    if fits(load, wish, limit):
+        return limit
+    low, high = 0, limit  # fits(low) or low is 0; not fits(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(load, wish, middle) else (low, middle)
+    return low
+
+
+def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, int]:
+    """The map and its number of blocks. AskError, with what would work, where one request does not fit."""
+    blocks = num_blocks(load, wish, max_model_len)
+    spare = budget_bytes(load.hardware, wish.utilization) - load.weight_bytes - load.workspace_bytes(max_model_len)
+    asked = wish.kv_bytes if wish.num_blocks is None else wish.num_blocks * wish.block_size * load.kv_bytes_per_token
+    if asked is not None and asked > spare:
+        name = "kv_cache_memory_bytes" if wish.num_blocks is None else "num_gpu_blocks_override"
+        raise AskError(
+            f"asks for {gib(asked)} of KV cache, and {gib(max(spare, 0))} are left of {load.hardware.name} after "
+            f"{gib(load.weight_bytes)} of weights and {gib(load.workspace_bytes(max_model_len))} of workspace",
+            field=name,
+            hint=remedies(load, wish, max_model_len),
+        )
+    if blocks * wish.block_size < max_model_len:
+        needed = math.ceil(max_model_len / wish.block_size) * wish.block_size * load.kv_bytes_per_token
+        raise AskError(
+            f"one request of {max_model_len:,} tokens needs {gib(needed)} of KV cache beside {gib(load.weight_bytes)} "
+            f"of weights and {gib(load.workspace_bytes(max_model_len))} of workspace on each device, and "
+            f"{load.hardware.name} has {gib(budget_bytes(load.hardware, wish.utilization))} to use",
+            field="max_model_len",
+            hint=remedies(load, wish, max_model_len),
+        )
+    per_token = load.kv_bytes_per_token
+    tokens = blocks * wish.block_size
+    made = MemoryMap(
+        total_bytes=load.hardware.memory_bytes,
+        budget_bytes=budget_bytes(load.hardware, wish.utilization),
+        weight_bytes=load.weight_bytes,
+        workspace_bytes=load.workspace_bytes(max_model_len),
+        kv_bytes=tokens * per_token,
+        kv_bytes_per_token=per_token,
+        num_tokens=tokens,
+        concurrency=blocks / math.ceil(max_model_len / wish.block_size),
+    )
+    return made, blocks
+
+
+def remedies(load: Load, wish: Wish, max_model_len: int) -> str:
+    """What would fit, with numbers: a shorter context, more devices, FP8 weights, another GPU."""
+    free = dataclasses.replace(wish, kv_bytes=None, num_blocks=None)
+    found = []
+    if shorter := longest_that_fits(load, free, max_model_len):
+        found.append(f"max_model_len {shorter}" if shorter < max_model_len else "no size of the cache given")
+    sharded = (dataclasses.replace(load, tensor_parallel_size=size) for size in (2, 4, 8, 16))
+    if load.hardware.kind != "cpu":
+        for other in sharded:
+            if other.tensor_parallel_size > load.tensor_parallel_size and fits(other, free, max_model_len):
+                found.append(f"tensor_parallel_size {other.tensor_parallel_size}")
+                break
+    smaller = dataclasses.replace(load, keep_fp8=True)
+    if load.architecture.quantization and not load.keep_fp8 and fits(smaller, free, max_model_len):
+        found.append("--on fp8_linear")
+    for name, gpu in TABLE.items():
+        if gpu.memory_bytes > load.hardware.memory_bytes and fits(
+            dataclasses.replace(load, hardware=gpu), free, max_model_len
+        ):
+            found.append(f"{gpu.name} (--hardware {name}:{load.tensor_parallel_size})")
+            break
+    return "would fit: " + ", or ".join(found) if found else "nothing short of another model or more devices would fit"
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people: 1.5 GiB, 320 MiB."""
+    for unit, size in (("GiB", GIB), ("MiB", 1024**2), ("KiB", 1024)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{1 if num_bytes < 100 * size else 0}f} {unit}"
+    return f"{num_bytes} B"
