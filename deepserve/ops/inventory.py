@@ -33,11 +33,6 @@ def a_cpu(hardware: Hardware, dtype: str) -> str | None:
     return None if hardware.kind == "cpu" else f"runs on a CPU only, and {hardware.name} is none"
 
 
-def a_cpu(hardware: Hardware, dtype: str) -> str | None:
-    """Needs the CPU."""
-    return None if hardware.kind == "cpu" else f"runs on a CPU, and {hardware.name} is none"
-
-
 @dataclass(frozen=True, slots=True)
 class KernelInfo:
     """One kernel of a room, described without importing it.

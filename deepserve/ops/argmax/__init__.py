@@ -1,5 +1,5 @@
 """The most likely token of each row."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("bitwise"))

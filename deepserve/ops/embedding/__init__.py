@@ -1,5 +1,5 @@
 """Rows of the embedding table."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("bitwise"))

@@ -1,5 +1,5 @@
 """Rotary position embedding."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("tolerance"))

@@ -1,5 +1,5 @@
 """The gated activation of SwiGLU."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("tolerance"))

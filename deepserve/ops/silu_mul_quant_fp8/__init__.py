@@ -1,5 +1,5 @@
 """Gated activation and FP8 quantisation in one pass."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("tolerance"))

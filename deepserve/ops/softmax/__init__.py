@@ -1,5 +1,5 @@
 """Probabilities of each row at its temperature."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("tolerance"))

@@ -1,5 +1,5 @@
 """Writes the compressed latents of MLA to their cache slots."""
 
-from deepserve.ops.inventory import REFERENCE
+from deepserve.ops.inventory import REFERENCE, triton
 
-KERNELS = (REFERENCE,)
+KERNELS = (REFERENCE, triton("bitwise"))
