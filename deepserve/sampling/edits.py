@@ -1,0 +1,67 @@
+"""Changes of single logits that a request asks for: allowed ids, bad words, min_tokens, logit_bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepserve.errors import AskError
+from deepserve.sampling_params import SamplingParams
+
+
+class Edits:
+    """One request's edits, checked against the vocabulary and put on the device once, when it enters a slot."""
+
+    def __init__(
+        self, sampling: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device | str
+    ):
+        check_ids(sampling, vocab_size)
+
+        def ids(values: Sequence[int]) -> torch.Tensor | None:
+            return torch.tensor(sorted(set(values)), dtype=torch.int64, device=device) if values else None
+
+        ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)]
+        self.min_tokens = sampling.min_tokens
+        self.end_ids = ids(ends) if self.min_tokens else None
+        self.allowed_ids = ids(sampling.allowed_token_ids or ())
+        bias = sorted(sampling.logit_bias.items())
+        self.bias_ids = ids([token for token, _ in bias])
+        self.bias = torch.tensor([value for _, value in bias], dtype=torch.float32, device=device)
+        self.bad_words = sampling.bad_words_ids
+        self.tail_length = max((len(word) - 1 for word in self.bad_words), default=0)
+
+    def __bool__(self) -> bool:
+        kinds = (self.end_ids, self.allowed_ids, self.bias_ids)
+        return any(kind is not None for kind in kinds) or bool(self.bad_words)
+
+    def apply(self, logits: torch.Tensor, num_output_tokens: int, tail: list[int]) -> None:
+        """Edits one row [V] in place. `tail` is the last `tail_length` output tokens (fewer at the beginning)."""
+        if self.allowed_ids is not None:
+            kept = logits[self.allowed_ids]
+            logits.fill_(-torch.inf)[self.allowed_ids] = kept
+        for *before, last in self.bad_words:
+            if len(before) <= len(tail) and (not before or tail[-len(before) :] == before):
+                logits[last] = -torch.inf
+        if self.end_ids is not None and num_output_tokens < self.min_tokens:
+            logits[self.end_ids] = -torch.inf
+        if self.bias_ids is not None:
+            logits[self.bias_ids] += self.bias
+
+
+def check_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """AskError where a parameter names a token that the model does not have: it must never touch another row."""
+    named = {
+        "logit_bias": sampling.logit_bias,
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "stop_token_ids": sampling.stop_token_ids,
+        "bad_words": [token for word in sampling.bad_words_ids for token in word],
+    }
+    for field, tokens in named.items():
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise AskError(f"token {token!r} is not in the vocabulary of {vocab_size}", field=field)
+    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+        raise AskError("is empty, so that no token could be sampled", field="allowed_token_ids")
+    if any(not word for word in sampling.bad_words_ids):
+        raise AskError("holds an empty token sequence", field="bad_words")
