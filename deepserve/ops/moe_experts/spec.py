@@ -1,0 +1,52 @@
+"""SwiGLU experts on the tokens routed to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepserve.ops.op import Case, Cost, op
+from deepserve.ops.silu_mul.spec import silu_mul
+
+
+def _case(rows: int, experts: int, top_k: int, hidden: int, width: int) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        def normal(*shape: int) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device, dtype)
+
+        ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(rows)])
+        weights = torch.rand(rows, top_k, generator=generator)
+        x = torch.randn(rows, hidden, generator=generator).to(device, dtype)
+        w_gate_up, w_down = normal(experts, 2 * width, hidden), normal(experts, hidden, width)
+        return x, w_gate_up, w_down, weights.to(device), ids.to(device)
+
+    return Case(f"{rows}x{experts}x{top_k}x{hidden}x{width}", make, bench=hidden >= 1024)
+
+
+def _cost(
+    x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> Cost:
+    used = min(ids.numel(), w_gate_up.shape[0])
+    expert = w_gate_up[0].numel() + w_down[0].numel()
+    return Cost((used * expert + 2 * x.numel()) * x.element_size(), 2 * ids.numel() * expert)
+
+
+@op(
+    cases=(_case(1, 8, 3, 64, 32), _case(5, 16, 4, 96, 48), _case(70, 6, 2, 64, 40), _case(32, 16, 4, 1024, 512)),
+    tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (2e-3, 2e-3)},
+    cost=_cost,
+)
+def moe_experts(
+    x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """x [T, H], w_gate_up [E, 2I, H] (gate rows first), w_down [E, H, I], weights fp32 [T, K], ids int64 [T, K] -> [T, H].
+
+    The sum over a token's experts of weight * down(silu(gate(x)) * up(x)); the sum in fp32, rounded once.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(w_gate_up.shape[0]):
+        rows, columns = (ids == expert).nonzero(as_tuple=True)
+        y = silu_mul(x[rows] @ w_gate_up[expert].T) @ w_down[expert].T
+        out.index_add_(0, rows, y.float() * weights[rows, columns, None])
+    return out.to(x.dtype)

@@ -1,0 +1,5 @@
+"""Which experts a token goes to, and with what weight."""
+
+from deepserve.ops.inventory import REFERENCE
+
+KERNELS = (REFERENCE,)

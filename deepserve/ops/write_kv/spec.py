@@ -1,0 +1,42 @@
+"""K and V rows into the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepserve.ops.op import Case, Cost, op
+
+
+def _case(rows: int, heads: int, dim: int, block_size: int) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        num_blocks = 3 + rows // block_size
+        k, v = (torch.randn(rows, heads, dim, generator=generator).to(device, dtype) for _ in range(2))
+        cache = torch.randn(num_blocks, block_size, 2, heads, dim, generator=generator).to(device, dtype)
+        slots = torch.randperm(num_blocks * block_size, generator=generator)[:rows].to(device)
+        return k, v, cache, slots
+
+    return Case(f"{rows}x{heads}x{dim}", make)
+
+
+def _cost(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> Cost:
+    return Cost(4 * k.numel() * k.element_size() + 8 * slot_mapping.numel(), 0)
+
+
+@op(
+    cases=(_case(1, 2, 16, 4), _case(37, 3, 64, 16)),
+    tolerance={dtype: (0.0, 0.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)},
+    cost=_cost,
+    writes=("cache",),
+)
+def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
+    """k, v [T, Nkv, D] into cache [num_blocks, block_size, 2, Nkv, D] at slot_mapping [T] int64 -> the same cache.
+
+    A slot is one token's entry, 2 * Nkv * D contiguous values: all K heads, then all V heads, each head D contiguous
+    values; slot s is row s % block_size of block s // block_size. Slots are distinct. k and v may be strided views.
+    """
+    slots = cache.view(-1, *cache.shape[2:])
+    slots[slot_mapping, 0] = k
+    slots[slot_mapping, 1] = v
+    return cache
