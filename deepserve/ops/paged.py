@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from deepserve.runner.batch import Batch
 
+GATHER_BYTES = 16 << 20  # what a CPU kernel gathers at a time
+
 
 def context_slots(batch: Batch, request: int) -> torch.Tensor:
-    """int64 [L]: the cache slots of a request's tokens 0 .. L-1, L its context after this step."""
-    length, size = batch.context_lens[request], batch.block_size
-    positions = torch.arange(length, device=batch.block_table.device)
-    return batch.block_table[request, positions // size].long() * size + positions % size
+    """int64 [L]: the cache slots of a request's tokens 0 .. L-1, L its context after this step (kept in derived)."""
+    key = ("context_slots", request)
+    if key not in batch.derived:
+        size = batch.block_size
+        positions = torch.arange(batch.context_lens[request], device=batch.block_table.device)
+        batch.derived[key] = batch.block_table[request, positions // size].long() * size + positions % size
+    slots: torch.Tensor = batch.derived[key]
+    return slots
 
 
 def visible(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -23,6 +31,58 @@ def visible(query_len: int, context_len: int, window: int | None, device: torch.
     columns = torch.arange(context_len, device=device)[None]
     seen = columns <= rows
     return seen if window is None else seen & (columns > rows - window)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One-token requests of similar context, padded to the longest: what is gathered and multiplied at a time.
+
+    requests: int64 [b] rows of the batch, None where these are all of its one-token rows in order. slots: int64
+    [b * L], padding repeats a request's last token, so that it is finite. mask: additive [b, 1, L], -inf on padding.
+    """
+
+    requests: torch.Tensor | None
+    slots: torch.Tensor
+    mask: torch.Tensor
+
+
+def decode_groups(batch: Batch, window: int | None, entry_bytes: int, dtype: torch.dtype) -> list[Group]:
+    """The batch's one-token requests in groups, worked out once a step (layers share them through batch.derived)."""
+    key = ("decode_groups", window, entry_bytes, dtype)
+    if key not in batch.derived:
+        groups = [_group(batch, members, window, dtype) for members in _alike(batch, window, entry_bytes)]
+        batch.derived[key] = groups
+    found: list[Group] = batch.derived[key]
+    return found
+
+
+def _alike(batch: Batch, window: int | None, entry_bytes: int) -> list[list[int]]:
+    """Requests split so that padding at most doubles a group's work and its entries fit into GATHER_BYTES."""
+    lengths = [min(length, window or length) for length in batch.context_lens[: batch.num_single]]
+    if lengths and max(lengths) * len(lengths) <= min(GATHER_BYTES // entry_bytes, 2 * sum(lengths)):
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for request in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        longest = lengths[groups[-1][0]] if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest * entry_bytes <= GATHER_BYTES
+        if fits and longest <= 2 * lengths[request]:
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+def _group(batch: Batch, members: list[int], window: int | None, dtype: torch.dtype) -> Group:
+    requests = None if members == list(range(batch.num_single)) else torch.tensor(members)
+    table = batch.block_table[: batch.num_single] if requests is None else batch.block_table[requests]
+    lengths = torch.tensor([batch.context_lens[member] for member in members])[:, None]
+    starts = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
+    positions = starts + torch.arange(int((lengths - starts).max()))
+    mask = torch.zeros(positions.shape, dtype=dtype).masked_fill_(positions >= lengths, -torch.inf)
+    positions = torch.minimum(positions, lengths - 1)
+    blocks = table.long().gather(1, positions // batch.block_size)
+    slots = blocks * batch.block_size + positions % batch.block_size
+    return Group(requests, slots.flatten(), mask.unsqueeze(1))
 
 
 def make_batch(

@@ -24,7 +24,7 @@ def _cost(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Cost
 
 @op(
     cases=(_case(128, 128), _case(40, 192), _case(576, 320)),
-    tolerance={dtype: (0.0, 0.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)},
+    tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (0.0, 0.0)),
     cost=_cost,
 )
 def dequant_fp8_block(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

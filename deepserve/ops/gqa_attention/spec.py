@@ -18,10 +18,10 @@ def _case(name: str, queries: list[int], contexts: list[int], shape: Shape, wind
         heads, kv_heads, dim, block_size = shape
         batch, num_blocks = make_batch(queries, contexts, block_size, generator, device)
         q = torch.randn(sum(queries), heads, dim, generator=generator).to(device, dtype)
-        cache = torch.full((num_blocks, block_size, 2, kv_heads, dim), torch.nan, dtype=dtype, device=device)
+        cache = torch.full((num_blocks, 2, block_size, kv_heads, dim), torch.nan, dtype=dtype, device=device)
         slots = torch.cat([context_slots(batch, i) for i in range(len(queries))])
         rows = torch.randn(len(slots), 2, kv_heads, dim, generator=generator)
-        cache.view(-1, 2, kv_heads, dim)[slots] = rows.to(device, dtype)
+        cache.transpose(1, 2)[slots // block_size, slots % block_size] = rows.to(device, dtype)
         return q, cache, batch, dim**-0.5, window
 
     return Case(name, make, bench=sum(contexts) > 4000)
@@ -30,7 +30,7 @@ def _case(name: str, queries: list[int], contexts: list[int], shape: Shape, wind
 def _cost(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None) -> Cost:
     lens = zip(batch.query_lens, batch.context_lens)
     pairs = sum(query * (context - (query - 1) / 2) for query, context in lens)
-    row = cache[0, 0].numel()
+    row = cache[0, :, 0].numel()
     return Cost(
         (2 * q.numel() + sum(batch.context_lens) * row) * q.element_size(), int(4 * pairs * q.shape[1] * q.shape[2])
     )
@@ -48,17 +48,17 @@ def _cost(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, wind
     cost=_cost,
 )
 def gqa_attention(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None) -> torch.Tensor:
-    """q [T, N, D], cache [num_blocks, block_size, 2, Nkv, D] (write_kv's layout, the new tokens written) -> [T, N, D].
+    """q [T, N, D], cache [num_blocks, 2, block_size, Nkv, D] (write_kv's layout, the new tokens written) -> [T, N, D].
 
     Query head n reads K/V head n // (N / Nkv). Scores, softmax and sums in fp32, rounded once. With a window a token
     sees the last `window` tokens, itself included. Slots that belong to no request are never read: they may hold NaN.
     """
-    rows = cache.view(-1, *cache.shape[2:])
     out = torch.empty_like(q)
     end = 0
     for request, query_len in enumerate(batch.query_lens):
         start, end = end, end + query_len
-        k, v = rows[context_slots(batch, request)].float().unbind(1)
+        slots = context_slots(batch, request)
+        k, v = cache.transpose(1, 2)[slots // batch.block_size, slots % batch.block_size].float().unbind(1)
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
         scores = q[start:end].float().transpose(0, 1) @ k.transpose(1, 2) * scale

@@ -1,5 +1,6 @@
 """Logits in fp32."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu
+from deepserve.ops.inventory import REFERENCE, KernelInfo
+from deepserve.ops.linear import needs_onednn
 
-KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", a_cpu, "tolerance"))
+KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"))

@@ -12,7 +12,7 @@ PACKED_FOR_ROWS = 32
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """The weight [out, in] in oneDNN's blocked layout (opaque; only onednn's function can read it)."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), PACKED_FOR_ROWS)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
     return packed
 
 

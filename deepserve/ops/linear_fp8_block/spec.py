@@ -39,7 +39,7 @@ def linear_fp8_block(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x e4m3 [T, in] with x_scale fp32 [T, in/128], weight e4m3 [out, in] with scale fp32 [ceil(out/128), ceil(in/128)],
+    """x e4m3 [T, in], x_scale fp32 [T, ceil(in/128)], weight e4m3 [out, in], scale fp32 [ceil(out/128), ceil(in/128)],
     bias [out] or None -> [T, out] in `dtype`: dequantise both, multiply in fp32, add, round once.
     """
     wide = x.float() * x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]

@@ -60,13 +60,13 @@ def mla_attention(
     batch: Batch,
     scale: float,
 ) -> torch.Tensor:
-    """q_nope [T, N, nope], q_rope [T, N, P] (rotated), cache [num_blocks, block_size, R + P] (a slot is the normed latent
-    c [R], then the rotated k_rope [P]), w_uk [N, nope, R], w_uv [N, v, R] -> [T, N, v].
+    """q_nope [T, N, nope], q_rope [T, N, P] (rotated), cache [num_blocks, block_size, R + P] (write_latent's layout:
+    normed latent c [R], rotated k_rope [P]), w_uk [N, nope, R], w_uv [N, v, R] -> [T, N, v].
 
     Causal softmax of (q_nope . W_UK c + q_rope . k_rope) * scale over a request's tokens, times W_UV c. The batch's
-    num_single one-token rows are computed absorbed (q W_UK against the latents themselves: MQA with keys of R + P), long
-    rows naive (keys and values of every head made from the latents): the same numbers up to rounding. fp32 throughout,
-    rounded once. Slots that belong to no request are never read: they may hold NaN.
+    num_single one-token rows are computed absorbed (q W_UK against the latents themselves: MQA with keys of R + P),
+    long rows naive (keys and values of every head made from the latents): the same numbers up to rounding. fp32
+    throughout, rounded once. Slots that belong to no request are never read: they may hold NaN.
     """
     rank = w_uk.shape[2]
     rows = cache.view(-1, cache.shape[2])

@@ -40,7 +40,7 @@ def _cost(
 def moe_experts(
     x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """x [T, H], w_gate_up [E, 2I, H] (gate rows first), w_down [E, H, I], weights fp32 [T, K], ids int64 [T, K] -> [T, H].
+    """x [T, H], w_gate_up [E, 2I, H] (gate first), w_down [E, H, I], weights fp32 [T, K], ids int64 [T, K] -> [T, H].
 
     The sum over a token's experts of weight * down(silu(gate(x)) * up(x)); the sum in fp32, rounded once.
     """

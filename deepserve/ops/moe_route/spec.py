@@ -47,9 +47,9 @@ def moe_route(
     """logits fp32 [T, E], bias fp32 [E] or None -> (weights fp32 [T, K], expert ids int64 [T, K]), best first.
 
     Scores are softmax or sigmoid of the logits; scores + bias choose, the scores alone weigh. `selection` greedy takes
-    the best K; group_max and group_top2 first keep the top_k_groups groups of E / num_groups neighbours with the largest
-    maximum, or sum of two largest, and choose within them. Then weights are divided by their sum (renormalize) and
-    multiplied by `factor`.
+    the best K; group_max and group_top2 first keep the top_k_groups groups of E / num_groups neighbours that have the
+    largest maximum, or sum of their two largest, and choose within them. Then weights are divided by their sum
+    (renormalize) and multiplied by `factor`.
     """
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias

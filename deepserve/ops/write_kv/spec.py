@@ -13,7 +13,7 @@ def _case(rows: int, heads: int, dim: int, block_size: int) -> Case:
     def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         num_blocks = 3 + rows // block_size
         k, v = (torch.randn(rows, heads, dim, generator=generator).to(device, dtype) for _ in range(2))
-        cache = torch.randn(num_blocks, block_size, 2, heads, dim, generator=generator).to(device, dtype)
+        cache = torch.randn(num_blocks, 2, block_size, heads, dim, generator=generator).to(device, dtype)
         slots = torch.randperm(num_blocks * block_size, generator=generator)[:rows].to(device)
         return k, v, cache, slots
 
@@ -26,17 +26,18 @@ def _cost(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: t
 
 @op(
     cases=(_case(1, 2, 16, 4), _case(37, 3, 64, 16)),
-    tolerance={dtype: (0.0, 0.0) for dtype in (torch.float32, torch.bfloat16, torch.float16)},
+    tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (0.0, 0.0)),
     cost=_cost,
     writes=("cache",),
 )
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
-    """k, v [T, Nkv, D] into cache [num_blocks, block_size, 2, Nkv, D] at slot_mapping [T] int64 -> the same cache.
+    """k, v [T, Nkv, D] into cache [num_blocks, 2, block_size, Nkv, D] at slot_mapping [T] int64 -> the same cache.
 
-    A slot is one token's entry, 2 * Nkv * D contiguous values: all K heads, then all V heads, each head D contiguous
-    values; slot s is row s % block_size of block s // block_size. Slots are distinct. k and v may be strided views.
+    A block is contiguous: block_size rows of K, then block_size rows of V, a row being one token's Nkv * D values, head
+    after head. Slot s is row s % block_size of block s // block_size. Slots are distinct; k and v may be strided views.
     """
-    slots = cache.view(-1, *cache.shape[2:])
-    slots[slot_mapping, 0] = k
-    slots[slot_mapping, 1] = v
+    size = cache.shape[2]
+    block, offset = slot_mapping // size, slot_mapping % size
+    cache[block, 0, offset] = k.to(cache.dtype)
+    cache[block, 1, offset] = v.to(cache.dtype)
     return cache

@@ -1,0 +1,87 @@
+"""Latent attention on a CPU: decoding requests in a few batched products, long rows through torch's flash kernel.
+
+Needs a CPU. Latents are gathered into a buffer of bounded size; the keys and values of long rows are made for as many
+heads at a time as fit into another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from deepserve.ops.op import Kernel
+from deepserve.ops.paged import Group, context_slots, decode_groups, visible
+from deepserve.runner.batch import Batch
+
+LONG_BYTES = 64 << 20  # keys and values of long rows, made from latents
+
+
+def _absorbed(q: torch.Tensor, rows: torch.Tensor, group: Group, rank: int, scale: float) -> torch.Tensor:
+    """q [b, N, R + P], rows [slots, R + P] -> the mixed latents [b, N, R]."""
+    latents = rows.index_select(0, group.slots).view(q.shape[0], -1, rows.shape[1])
+    scores = torch.baddbmm(group.mask, q, latents.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), latents)[..., :rank]
+
+
+def _single(q: torch.Tensor, rows: torch.Tensor, batch: Batch, rank: int, scale: float) -> torch.Tensor:
+    """q [num_single, N, R + P] -> [num_single, N, R]."""
+    groups = decode_groups(batch, None, rows.shape[1] * rows.element_size(), q.dtype)
+    if groups[0].requests is None:
+        return _absorbed(q, rows, groups[0], rank, scale)
+    out = q.new_empty(*q.shape[:2], rank)
+    for group in groups:
+        out[group.requests] = _absorbed(q[group.requests], rows, group, rank, scale)
+    return out
+
+
+def _long(
+    q: torch.Tensor, entries: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """q [Lq, N, nope + P] of the last Lq tokens, entries [L, R + P] of all; writes out [Lq, N, v]."""
+    length, rank = len(entries), w_uk.shape[2]
+    latent, k_rope = entries.split([rank, entries.shape[1] - rank], -1)
+    num_heads, nope, _ = w_uk.shape
+    v_dim, width = w_uv.shape[1], q.shape[2]
+    wide = max(width, v_dim)  # the flash kernel wants one width: the narrower side is padded with zeros
+    whole = length == len(q)
+    mask = None if whole else visible(len(q), length, None, q.device)
+    step = max(1, LONG_BYTES // (2 * length * wide * q.element_size()))
+    for head in range(0, num_heads, step):
+        uk, uv = w_uk[head : head + step], w_uv[head : head + step]
+        k = latent.new_zeros(len(uk), length, wide)
+        v = latent.new_zeros(len(uk), length, wide)
+        k[..., :nope] = latent @ uk.transpose(1, 2)
+        k[..., nope:width] = k_rope
+        v[..., :v_dim] = latent @ uv.transpose(1, 2)
+        query = F.pad(q[:, head : head + step], (0, wide - width)).transpose(0, 1)
+        y = F.scaled_dot_product_attention(query[None], k[None], v[None], attn_mask=mask, is_causal=whole, scale=scale)
+        out[:, head : head + step] = y[0, ..., :v_dim].transpose(0, 1)
+
+
+def function(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    batch: Batch,
+    scale: float,
+) -> torch.Tensor:
+    """mla_attention."""
+    rank, single = w_uk.shape[2], batch.num_single
+    rows = cache.view(-1, cache.shape[2])
+    out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
+    if single:
+        absorbed = torch.bmm(q_nope[:single].transpose(0, 1), w_uk).transpose(0, 1)
+        mixed = _single(torch.cat((absorbed, q_rope[:single]), -1), rows, batch, rank, scale)
+        out[:single] = torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    start = single
+    for request in range(single, len(batch.query_lens)):
+        end = start + batch.query_lens[request]
+        q = torch.cat((q_nope[start:end], q_rope[start:end]), -1)
+        _long(q, rows.index_select(0, context_slots(batch, request)), w_uk, w_uv, scale, out[start:end])
+        start = end
+    return out
+
+
+KERNEL = Kernel("mla_attention", "cpu", function)
