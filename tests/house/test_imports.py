@@ -20,13 +20,13 @@ RIVER = (
     "models kv_cache graph",
     "layers",
     "ops",
-    "config facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
+    "config spellings facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
     "messages request sampling_params outputs metrics dtypes errors log demo",
 )
 
 # Decides in plain Python: no torch, not even inside a function.
 TORCH_FREE = (
-    "config facts architecture plan optimizations ops.inventory messages request sampling_params outputs metrics "
+    "config spellings facts architecture plan optimizations ops.inventory messages request sampling_params outputs metrics "
     "errors log scheduler kv_cache server.protocol cli"
 ).split()
 TORCH_ALLOWED = {"kv_cache.tensors"}
