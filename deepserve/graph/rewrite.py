@@ -8,7 +8,8 @@ from collections.abc import Collection
 from torch import fx
 from torch.fx import subgraph_rewriter
 
-from deepserve.ops.inventory import inventory, load_op
+from deepserve.ops.inventory import inventory
+from deepserve.ops.load import load_op
 from deepserve.ops.op import Op, inlining
 
 

@@ -9,11 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepserve.errors import AskError
-
 if TYPE_CHECKING:
     from deepserve.hardware import Hardware
-    from deepserve.ops.op import Kernel, Op
 
 ROOMS = Path(__file__).parent
 
@@ -61,29 +58,6 @@ def inventory() -> dict[str, tuple[KernelInfo, ...]]:
     """Every op's name and its kernels, the reference first."""
     rooms = sorted(path.parent.name for path in ROOMS.glob("*/spec.py"))
     return {room: tuple(importlib.import_module(f"deepserve.ops.{room}").KERNELS) for room in rooms}
-
-
-def load_op(op_name: str) -> Op:
-    """The op itself (imports torch)."""
-    if op_name not in inventory():
-        raise AskError(f"there is no op {op_name!r}", field="op", hint=f"ops: {', '.join(inventory())}")
-    op: Op = getattr(importlib.import_module(f"deepserve.ops.{op_name}.spec"), op_name)
-    return op
-
-
-def load_kernel(op_name: str, kernel_name: str) -> Kernel:
-    """Imports one kernel (and torch, and whatever the kernel binds). AskError where the room has none of that name."""
-    from deepserve.ops.op import Kernel
-
-    op = load_op(op_name)
-    for info in inventory()[op_name]:
-        if info.name == kernel_name:
-            if info.module is None:
-                return Kernel(op_name, info.name, op.reference)
-            kernel: Kernel = importlib.import_module(f"deepserve.ops.{op_name}.{info.module}").KERNEL
-            return kernel
-    names = ", ".join(info.name for info in inventory()[op_name])
-    raise AskError(f"there is no kernel {kernel_name!r}", field=f"op {op_name}", hint=f"kernels: {names}")
 
 
 def refusals(op_name: str, hardware: Hardware, dtype: str) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from deepserve.graph.rewrite import fused_ops, rewrite
 from deepserve.graph.show import count_ops, show
 from deepserve.graph.trace import trace
 from deepserve.ops.add.spec import add
-from deepserve.ops.inventory import load_kernel, load_op
+from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Kernel
 from deepserve.ops.quant_fp8.spec import quant_fp8
 from deepserve.ops.rms_norm.spec import rms_norm
