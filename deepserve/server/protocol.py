@@ -29,14 +29,14 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A JSON object whose fields are all known."""
 
 
-class StreamOptions(Body):
+class StreamOptions(Body, kw_only=True):
     """`include_usage`: a last chunk with the usage. `continuous_usage_stats`: the usage so far on every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(Body):
+class SamplingBody(Body, kw_only=True):
     """What completions and chat have in common. None means: the model's generation_config.json, else vLLM's default."""
 
     model: Name | None = None
@@ -73,11 +73,16 @@ class SamplingBody(Body):
     metadata: Metadata | None = None
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(SamplingBody, kw_only=True):
     """POST /v1/completions. `prompt` is a text, token ids, or a list of either; `logprobs` counts the top ones."""
 
     prompt: Prompt
     logprobs: int | None = None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """How many tokens the client wants at most; None leaves it to the default."""
+        return self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one; a mixed or empty list is refused."""
@@ -100,7 +105,7 @@ class TextPart(Body, tag_field="type", tag="text"):
     text: str
 
 
-class Message(Body):
+class Message(Body, kw_only=True):
     """One message of a chat. `reasoning` and `reasoning_content` are two names of the same text."""
 
     role: str
@@ -133,7 +138,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = Annotated[list[Message], Meta(max_length=limits.MAX_MESSAGES)]
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, kw_only=True):
     """POST /v1/chat/completions. `max_completion_tokens` is the newer name of `max_tokens`."""
 
     messages: Messages
@@ -146,8 +151,19 @@ class ChatBody(SamplingBody):
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
 
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """How many tokens the client wants at most, by either name; None leaves it to the default."""
+        newer, older = self.max_completion_tokens, self.max_tokens
+        if None not in (newer, older) and newer != older:
+            raise AskError("differs from max_tokens, which is its older name", field="max_completion_tokens")
+        return older if newer is None else newer
 
-class TokenizeBody(Body):
+
+GenerationBody = CompletionBody | ChatBody
+
+
+class TokenizeBody(Body, kw_only=True):
     """POST /tokenize: a `prompt`, or `messages` as a chat would render them."""
 
     model: Name | None = None
@@ -160,7 +176,7 @@ class TokenizeBody(Body):
     return_token_strs: bool | None = None
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(Body, kw_only=True):
     """POST /detokenize."""
 
     model: Name | None = None
@@ -285,18 +301,12 @@ _SAMPLING = (
 ).split()
 
 
-def sampling_params(body: CompletionBody | ChatBody, defaults: dict[str, Any], max_tokens: int) -> SamplingParams:
-    """The sampling of a request; `defaults` are the model's, `max_tokens` what is left to the field's default."""
+def sampling_params(body: GenerationBody, defaults: dict[str, Any]) -> SamplingParams:
+    """The sampling of a request; `defaults` are the model's. A `max_tokens` that was not asked for stays None."""
     asked = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
-    limit = body.max_tokens
-    if isinstance(body, ChatBody):
-        if None not in (limit, body.max_completion_tokens) and limit != body.max_completion_tokens:
-            raise AskError("differs from max_tokens, which is its older name", field="max_completion_tokens")
-        limit = body.max_completion_tokens if limit is None else limit
-    echo_only = limit == 0 and bool(body.echo)
-    asked["max_tokens"] = 1 if echo_only else max_tokens if limit is None else limit
+    asked["max_tokens"] = 1 if body.echo and body.asked_max_tokens == 0 else body.asked_max_tokens
     asked["logprobs"] = _logprobs(body)
-    if body.echo and asked["logprobs"] is not None:
+    if body.echo and asked["logprobs"] is not None and isinstance(body, CompletionBody):
         asked.setdefault("prompt_logprobs", asked["logprobs"])
     if body.logit_bias is not None:
         asked["logit_bias"] = _logit_bias(body.logit_bias)
@@ -305,7 +315,7 @@ def sampling_params(body: CompletionBody | ChatBody, defaults: dict[str, Any], m
     return params
 
 
-def _logprobs(body: CompletionBody | ChatBody) -> int | None:
+def _logprobs(body: GenerationBody) -> int | None:
     if isinstance(body, CompletionBody):
         return body.logprobs
     if body.top_logprobs is not None and not body.logprobs:
@@ -322,7 +332,7 @@ def _logit_bias(asked: dict[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in asked.items()}
 
 
-def _check_together(body: CompletionBody | ChatBody, params: SamplingParams) -> None:
+def _check_together(body: GenerationBody, params: SamplingParams) -> None:
     if body.best_of is not None and not 1 <= body.best_of <= params.n:
         raise AskError(f"is {body.best_of}, and more candidates than n are not supported", field="best_of")
     if body.stream_options is not None and not body.stream:

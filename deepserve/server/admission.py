@@ -1,0 +1,96 @@
+"""What only the model can say about a request: does it fit the context, are its ids in the vocabulary. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from deepserve.errors import AskError
+from deepserve.plan.plan import Plan
+from deepserve.sampling_params import SamplingParams
+from deepserve.server import limits
+
+
+def check_prompt(prompt: Sequence[int], sampling: SamplingParams, default: int | None, plan: Plan) -> int:
+    """The number of tokens to generate after this prompt: what was asked, or the default as far as the context goes."""
+    room = plan.max_model_len - len(prompt)
+    if not prompt:
+        raise AskError("is empty: there is nothing to continue", field="prompt", hint="send at least one token")
+    if room < 1:
+        raise AskError(
+            f"has {len(prompt)} tokens; the context of {plan.max_model_len} leaves no room for an answer",
+            field="prompt",
+            hint="shorten the prompt or raise --max-model-len",
+            code="context_length_exceeded",
+        )
+    check_vocabulary("prompt", prompt, plan)
+    wanted = sampling.max_tokens
+    for name in ("max_tokens", "min_tokens"):
+        if (value := getattr(sampling, name)) is not None and value > room:
+            raise AskError(
+                f"is {value}; after a prompt of {len(prompt)} tokens the context of {plan.max_model_len} has room "
+                f"for {room}",
+                field=name,
+                hint=f"ask for at most {room}",
+                code="context_length_exceeded",
+            )
+    return min(room, max(default or room, sampling.min_tokens)) if wanted is None else wanted
+
+
+def check_vocabulary(name: str, token_ids: Iterable[int], plan: Plan) -> None:
+    """Refuses ids that the model has no row for."""
+    size = plan.architecture.vocab_size
+    for token in token_ids:
+        if not 0 <= token < size:
+            raise AskError(f"token id {token} is not in the vocabulary of {size}", field=name)
+
+
+def check_sampling(sampling: SamplingParams, num_prompts: int, priority: int | None, plan: Plan) -> None:
+    """Refuses what does not go with this model, this plan or itself."""
+    check_vocabulary("logit_bias", sampling.logit_bias, plan)
+    check_vocabulary("stop_token_ids", sampling.stop_token_ids, plan)
+    if sampling.allowed_token_ids is not None:
+        if not sampling.allowed_token_ids:
+            raise AskError("is empty: nothing could be generated", field="allowed_token_ids", hint="leave it out")
+        check_vocabulary("allowed_token_ids", sampling.allowed_token_ids, plan)
+    if num_prompts * sampling.n > limits.MAX_SEQUENCES:
+        raise AskError(
+            f"{num_prompts} prompts x n {sampling.n} are {num_prompts * sampling.n} sequences, at most "
+            f"{limits.MAX_SEQUENCES} in a request",
+            field="n",
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(sampling, name) or 0) > plan.max_logprobs:
+            raise AskError(
+                f"is {getattr(sampling, name)}, at most {plan.max_logprobs}", field=name, hint="--max-logprobs"
+            )
+    if priority and plan.scheduling_policy != "priority":
+        hint = "start the server with --scheduling-policy priority"
+        raise AskError(f"is {priority}, but requests are served in their order", field="priority", hint=hint)
+
+
+def check_work(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], sampling: SamplingParams) -> None:
+    """Refuses a response whose log-probabilities alone would fill the memory: lengths x top entries are bounded."""
+    total = sampling.n * sum(
+        len(prompt) * _entries(sampling.prompt_logprobs) + length * _entries(sampling.logprobs)
+        for prompt, length in zip(prompts, max_tokens)
+    )
+    if total > limits.MAX_LOGPROB_ENTRIES:
+        raise AskError(
+            f"up to {total:,} log-probabilities in one response, at most {limits.MAX_LOGPROB_ENTRIES:,}",
+            field="logprobs",
+            hint="fewer prompts, a smaller n or max_tokens",
+        )
+
+
+def _entries(top: int | None) -> int:
+    return 0 if top is None else top + 1
+
+
+def split(sampling: SamplingParams, max_tokens: int) -> list[SamplingParams]:
+    """One SamplingParams for each of n sequences; with a seed, the i-th has seed + i."""
+
+    def seed(index: int) -> int | None:
+        return None if sampling.seed is None else (sampling.seed + index + 2**63) % (2**64 + 2**63) - 2**63
+
+    return [dataclasses.replace(sampling, n=1, seed=seed(index), max_tokens=max_tokens) for index in range(sampling.n)]

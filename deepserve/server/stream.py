@@ -1,0 +1,103 @@
+"""Server-sent events, and what both kinds of answer share: work that ends when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deepserve.errors import AskError
+from deepserve.log import get_logger
+from deepserve.server import limits
+from deepserve.server.errors import error_body
+
+log = get_logger(__name__)
+T = TypeVar("T")
+_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client leaves (then: ClientLeft)."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends every value of `events` as one event, then [DONE]; a comment after each quiet spell keeps proxies awake.
+
+    An error on the way becomes one error event before [DONE], because the status has been sent long before.
+    """
+
+    def __init__(self, events: AsyncGenerator[Any, None], held: AbstractAsyncContextManager[Any]):
+        self.background = None
+        self.status_code = 200
+        self._events = events
+        self._held = held  # what is released when the stream ends
+        self._last_sent = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them all, or stop where the client left."""
+        try:
+            async with self._held:
+                await while_connected(receive, self._send_all(send))
+        except (ClientLeft, OSError):
+            log.debug("a client left its stream")
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        waking = asyncio.ensure_future(self._keep_awake(send))
+        try:
+            async with aclosing(self._events) as events:
+                async for value in events:
+                    self._last_sent = time.monotonic()
+                    await _send_part(send, event(value))
+        except AskError as error:
+            await _send_part(send, event(error_body(error)))
+        except Exception as error:
+            log.error("a stream failed", exc_info=error)
+            failure = AskError("the server failed on this request; its log has the stack", status=500)
+            await _send_part(send, event(error_body(failure)))
+        finally:
+            waking.cancel()
+        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+    async def _keep_awake(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(limits.SSE_KEEP_ALIVE_S)
+            if time.monotonic() - self._last_sent >= limits.SSE_KEEP_ALIVE_S:
+                await _send_part(send, _KEEP_ALIVE)
+
+
+async def _send_part(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def event(value: Any) -> bytes:
+    """One event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
