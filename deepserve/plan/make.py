@@ -145,7 +145,7 @@ def _weights(config: Config, facts: Facts, dtype: str, rows: dict[str, Decision]
     if quantization is None:
         return Choice("weights", dtype, "the checkpoint is not quantised")
     if rows["fp8_linear"].on:
-        return Choice("weights", f"fp8 {facts.hardware.fp8_format}", "as in the checkpoint: fp8_linear is on")
+        return Choice("weights", "fp8", f"as in the checkpoint, routed experts and kv_b in {dtype}: fp8_linear is on")
     return Choice("weights", dtype, "FP8 blocks are expanded while loading", {"fp8": "fp8_linear is off"})
 
 

@@ -71,7 +71,7 @@ class Load:
 
     def workspace_bytes(self, max_model_len: int) -> int:
         """An estimate of the peak beside weights and cache: the widest layer of a full step, one long request's
-        expanded keys and values (MLA), fp32 logits three times, and the token and block tables of every slot."""
+        keys and values with its mask, fp32 logits three times, and the token and block tables of every slot."""
         a, size = self.architecture, DTYPE_BYTES[self.dtype]
         tokens = min(self.batched_tokens(max_model_len), self.max_num_seqs * max_model_len)
         widest = 3 * a.intermediate_size
@@ -84,7 +84,7 @@ class Load:
         else:
             width = 2 * a.attention.head_dim
         layer = tokens * (4 * a.hidden_size + widest / self.tensor_parallel_size) * size
-        context = max_model_len * heads * width * size
+        context = max_model_len * (heads * width * size + min(tokens, max_model_len))
         logits = 3 * 4 * self.max_num_seqs * a.vocab_size
         slots = 2 * 4 * self.max_num_seqs * max_model_len
         runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES

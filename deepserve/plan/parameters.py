@@ -28,9 +28,10 @@ class Matrix:
         return self.count * self.rows * self.columns
 
     @property
-    def is_linear(self) -> bool:
-        """Whether a quantised checkpoint stores it in FP8: every linear layer but router and head."""
-        return self.columns > 1 and self.kind in ("attention", "dense", "routed", "shared")
+    def kept_in_fp8(self) -> bool:
+        """Whether fp8_linear keeps it as stored. Routed experts and kv_b_proj, which the absorbed attention folds into
+        the query, are expanded, as no kernel reads them in FP8."""
+        return self.columns > 1 and self.kind in ("attention", "dense", "shared") and self.name != "kv_b_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Parameters:
     """Parameters by kind, without those of the MTP layers (`mtp` counts what they add)."""
 
     by_kind: dict[str, int]
-    active: int  # what one token is multiplied with: all but the experts it is not routed to
+    active: int  # what one token is multiplied with: no experts but its own, and no embedding table
     mtp: int
 
     @property
@@ -59,14 +60,14 @@ def matrices(architecture: Architecture) -> list[Matrix]:
 
 
 def count_parameters(architecture: Architecture) -> Parameters:
-    """Exact counts (DeepSeek-V3: 671.0 billion, 37.6 active with its embedding; 11.5 more in its MTP layer)."""
+    """Exact counts (DeepSeek-V3: 671.0 billion, 36.6 active; 11.6 more in its MTP layer)."""
     by_kind: dict[str, int] = {}
     for matrix in matrices(architecture):
         by_kind[matrix.kind] = by_kind.get(matrix.kind, 0) + matrix.num_parameters
     total, moe = sum(by_kind.values()), architecture.moe
-    idle = 0
+    idle = 0 if architecture.tie_word_embeddings else by_kind["embedding"]  # a tied table is the head, read as a whole
     if moe is not None:
-        idle = by_kind.get("routed", 0) // moe.num_experts * (moe.num_experts - moe.top_k)
+        idle += by_kind.get("routed", 0) // moe.num_experts * (moe.num_experts - moe.top_k)
     return Parameters(by_kind, total - idle, mtp_parameters(architecture))
 
 
@@ -157,24 +158,27 @@ def _gated(kind: str, hidden: int, inner: int, count: int) -> list[Matrix]:
 
 def weight_bytes(architecture: Architecture, dtype: str, tensor_parallel_size: int = 1, keep_fp8: bool = False) -> int:
     """Bytes of the weights on one rank. keep_fp8: linear weights as stored, one byte each and an fp32 scale a block."""
-    block = architecture.quantization.block if architecture.quantization and keep_fp8 else None
-    gqa = architecture.attention if isinstance(architecture.attention, Gqa) else None
-    total = 0
-    for matrix in matrices(architecture):
-        rows, columns, shards = matrix.rows, matrix.columns, tensor_parallel_size
-        if matrix.split == "kv_heads" and gqa is not None:
-            shards = min(shards, gqa.num_kv_heads)
-        if matrix.split in ("rows", "kv_heads"):
-            rows = math.ceil(rows / shards)
-        elif matrix.split == "columns":
-            columns = math.ceil(columns / shards)
-        if block is not None and matrix.is_linear:
-            scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
-            total += matrix.count * (rows * columns + 4 * scales)
-        else:
-            size = 4 if matrix.name == "e_score_correction_bias" else DTYPE_BYTES[dtype]
-            total += matrix.count * rows * columns * size
-    return total
+    found = matrices(architecture)
+    return sum(rank_bytes(matrix, architecture, dtype, tensor_parallel_size, keep_fp8) for matrix in found)
+
+
+def rank_bytes(
+    matrix: Matrix, architecture: Architecture, dtype: str, tensor_parallel_size: int, keep_fp8: bool
+) -> int:
+    """Bytes that one rank holds of a matrix."""
+    attention, quantization = architecture.attention, architecture.quantization
+    rows, columns, shards = matrix.rows, matrix.columns, tensor_parallel_size
+    if matrix.split == "kv_heads" and isinstance(attention, Gqa):
+        shards = min(shards, attention.num_kv_heads)
+    if matrix.split in ("rows", "kv_heads"):
+        rows = math.ceil(rows / shards)
+    elif matrix.split == "columns":
+        columns = math.ceil(columns / shards)
+    if keep_fp8 and quantization is not None and matrix.kept_in_fp8:
+        scales = math.ceil(rows / quantization.block[0]) * math.ceil(columns / quantization.block[1])
+        return matrix.count * (rows * columns + 4 * scales)
+    size = 4 if matrix.name == "e_score_correction_bias" else DTYPE_BYTES[dtype]
+    return matrix.count * rows * columns * size
 
 
 def routed_share(moe: Moe, num_tokens: int) -> float:
