@@ -348,10 +348,10 @@ def _quantization(config: dict[str, Any] | None) -> Quantization | None:
     if not config:
         return None
     method, block = config.get("quant_method"), config.get("weight_block_size")
-    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
+    if method != "fp8" or block != [128, 128]:
         raise AskError(
             f"{method!r} with weight_block_size {block} is not served",
             field="config.json: quantization_config",
             hint="served: quant_method fp8 with weight_block_size [128, 128]",
         )
-    return Quantization("fp8_block", (int(block[0]), int(block[1])), config.get("scale_fmt") == "ue8m0")
+    return Quantization("fp8_block", (128, 128), config.get("scale_fmt") == "ue8m0")

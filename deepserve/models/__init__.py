@@ -1,0 +1,1 @@
+"""Models: the wiring of layers, and how weights get into them."""

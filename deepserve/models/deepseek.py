@@ -1,0 +1,26 @@
+"""DeepSeek-V2-Lite, V2, V3, R1 and V3.1: latent attention, a few dense layers, then mixtures of experts."""
+
+from __future__ import annotations
+
+from deepserve.architecture import Architecture, Mla
+from deepserve.layers.linear import Maker
+from deepserve.layers.mla import MlaAttention
+from deepserve.layers.mlp import Mlp
+from deepserve.layers.moe import ExpertNames, MoeMlp
+from deepserve.models.decoder import Decoder, DecoderLayer
+
+
+def deepseek(architecture: Architecture, make: Maker) -> Decoder:
+    """The decoder of model types deepseek_v2 and deepseek_v3."""
+    mla, hidden_size = architecture.attention, architecture.hidden_size
+    assert isinstance(mla, Mla)
+    layers = []
+    for index in range(architecture.num_layers):
+        mlp: Mlp | MoeMlp
+        if architecture.moe is not None and architecture.is_moe(index):
+            mlp = MoeMlp(make, hidden_size, architecture.moe, ExpertNames())
+        else:
+            mlp = Mlp(make, hidden_size, architecture.intermediate_size)
+        attention = MlaAttention(make, hidden_size, mla, architecture.rope.interleaved)
+        layers.append(DecoderLayer(make, architecture, attention, mlp))
+    return Decoder(make, architecture, layers)

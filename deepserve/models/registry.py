@@ -1,0 +1,28 @@
+"""Which model a checkpoint's family is."""
+
+from __future__ import annotations
+
+import torch
+
+from deepserve.architecture import DENSE_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, Architecture
+from deepserve.errors import AskError
+from deepserve.layers.linear import Maker
+from deepserve.models.decoder import Decoder
+from deepserve.models.deepseek import deepseek
+from deepserve.models.llama import llama
+
+MODELS = dict.fromkeys(MLA_FAMILIES, deepseek) | dict.fromkeys(DENSE_FAMILIES + MOE_FAMILIES, llama)
+
+
+def build_model(
+    architecture: Architecture, dtype: torch.dtype, device: str | torch.device, fp8_linear: bool = False
+) -> Decoder:
+    """The model with its parameters allocated in `dtype` on `device` (meta will do) and not initialised.
+
+    fp8_linear keeps the FP8 weights of an FP8 checkpoint in its linears (routed experts and kv_b excepted) and
+    quantises what they multiply; else FP8 weights are dequantised as they are loaded.
+    """
+    if fp8_linear and architecture.quantization is None:
+        raise AskError("needs an FP8 checkpoint, and this one is not", field="fp8_linear", hint="leave it off")
+    make = Maker(dtype, device, architecture.quantization if fp8_linear else None)
+    return MODELS[architecture.family](architecture, make).eval()

@@ -1,0 +1,114 @@
+"""The safetensors files of a checkpoint: found, checked and read one tensor at a time. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deepserve.errors import AskError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+Headers = dict[str, tuple[Path, tuple[int, ...]]]  # tensor name -> its file and shape
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Shard:
+    """One open safetensors file. Memory-mapped: a tensor's pages go when the tensor and the shard are dropped."""
+
+    def __init__(self, file: Path):
+        try:
+            self._open = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise AskError(
+                f"cannot be read: {error}", field=f"file {file.name}", hint="it is truncated or broken: copy it again"
+            ) from None
+        self.file = file
+
+    def names(self) -> list[str]:
+        """Its tensors."""
+        return list(self._open.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        return tuple(self._open.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        tensor: torch.Tensor = self._open.get_tensor(name)
+        return tensor
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The safetensors files of a directory, from its index where it has one. AskError where they are not whole."""
+    if (path / INDEX).is_file():
+        return _from_index(path)
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    found = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if found:
+        raise AskError(
+            f"{path} holds pickled weights only ({', '.join(found[:3])}), and loading them would run their code",
+            field="model",
+            hint="convert them to safetensors",
+        )
+    loose = sorted(file.name for file in path.glob("*.safetensors"))
+    if loose:
+        raise AskError(
+            f"{path} holds {len(loose)} safetensors files and no {INDEX}", field="model", hint=f"copy {INDEX} as well"
+        )
+    raise AskError(
+        f"{path} holds no {SINGLE} and no {INDEX}", field="model", hint="give a directory with safetensors weights"
+    )
+
+
+def _from_index(path: Path) -> list[Path]:
+    try:
+        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise AskError("has no valid weight_map", field=f"file {INDEX}", hint="copy the file again") from None
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or PurePath(name).name != name
+            or "\\" in name
+            or not name.endswith(".safetensors")
+        ):
+            raise AskError(
+                f"names {name!r}, which is no safetensors file of this directory",
+                field=f"file {INDEX}",
+                hint="a shard is a plain file name such as model-00001-of-00002.safetensors",
+            )
+        if not (path / name).is_file():
+            raise AskError(
+                f"names {name}, which is missing",
+                field=f"file {INDEX}",
+                hint=f"copy {name}: the checkpoint is incomplete",
+            )
+    return [path / name for name in names]
+
+
+def read_headers(files: list[Path]) -> Headers:
+    """Every tensor's file and shape, from the headers alone. AskError where a file is broken or a name is twice."""
+    found: Headers = {}
+    for file in files:
+        shard = Shard(file)
+        for name in shard.names():
+            if name in found:
+                raise AskError(f"is in {found[name][0].name} and in {file.name}", field=f"tensor {name}")
+            found[name] = (file, shard.shape(name))
+    return found
+
+
+def stream(files: list[Path]) -> Iterator[tuple[Shard, str]]:
+    """Every shard with each of its tensors' names; one shard is open at a time."""
+    for file in files:
+        shard = Shard(file)
+        for name in shard.names():
+            yield shard, name
+        del shard

@@ -1,0 +1,133 @@
+"""Gets a checkpoint's weights into a model: names and shapes are checked first, then shards are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from deepserve.errors import AskError
+from deepserve.layers.norm import RmsNorm
+from deepserve.models.decoder import Decoder
+from deepserve.models.shards import Headers, Shard, find_shards, read_headers, stream
+from deepserve.ops.dequant_fp8_block.spec import BLOCK, dequant_fp8_block
+
+SCALE = "_scale_inv"  # X.weight_scale_inv multiplies X.weight, despite the name
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def load_weights(
+    model: Decoder,
+    path: str | Path,
+    load_format: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> None:
+    """Fills the model from the safetensors files in `path`, casting to the parameters' dtypes.
+
+    The peak is the weights and one shard. on_progress(tensors done, tensors in all). FP8 weights are dequantised, or
+    kept where the model's linears are FP8. AskError names the file or tensor that is missing, unexpected or misshapen.
+    load_format "dummy" reads nothing: random weights of unit gain, the same for the same seed.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise AskError(f"{load_format!r} is not known", field="load_format", hint=", ".join(LOAD_FORMATS))
+    if load_format == "dummy":
+        fill_dummy(model, seed)
+        return
+    files = find_shards(Path(path))
+    headers = read_headers(files)
+    targets = {slot.name: slot.target for slot in model.slots()}
+    _check(model, targets, {name: shape for name, (_, shape) in headers.items()})
+    total = len(headers)
+    for done, (shard, name) in enumerate(stream(files), 1):
+        if name in targets:
+            _fill(targets[name], shard, name, headers)
+        if on_progress is not None:
+            on_progress(done, total)
+
+
+def _check(model: Decoder, targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes that the model has with those that the checkpoint has."""
+    if missing := [name for name in targets if name not in shapes]:
+        raise AskError(f"is missing from the checkpoint{_others(missing)}", field=f"tensor {missing[0]}")
+    known = targets.keys() | {name + SCALE for name in targets}
+    unexpected = [name for name in shapes if name not in known and not model.is_skipped(name)]
+    if unexpected:
+        raise AskError(
+            f"is in the checkpoint, and a {model.architecture.family} model has no place for it{_others(unexpected)}",
+            field=f"tensor {unexpected[0]}",
+            hint="config.json and the weights belong to different models",
+        )
+    for name, target in targets.items():
+        if tuple(target.shape) != shapes[name]:
+            raise AskError(
+                f"has shape {list(shapes[name])}, and config.json asks for {list(target.shape)}", field=f"tensor {name}"
+            )
+        expected = tuple(-(-length // BLOCK) for length in shapes[name])
+        if shapes.get(name + SCALE, expected) != expected:
+            raise AskError(
+                f"has shape {list(shapes[name + SCALE])}, and blocks of {BLOCK} need {list(expected)}",
+                field=f"tensor {name}{SCALE}",
+            )
+
+
+def _others(names: list[str]) -> str:
+    rest = names[1:4]
+    return f" (and {len(names) - 1} more: {', '.join(rest)}{' ...' if len(names) > 4 else ''})" if rest else ""
+
+
+def _scale(headers: Headers, shard: Shard, name: str) -> torch.Tensor:
+    """The scale of an FP8 weight, which may lie in another shard."""
+    if name not in headers:
+        raise AskError("is missing from the checkpoint, and its weight is FP8", field=f"tensor {name}")
+    file = headers[name][0]
+    return (shard if file == shard.file else Shard(file)).tensor(name).float()
+
+
+def _fill(target: torch.Tensor, shard: Shard, name: str, headers: Headers) -> None:
+    """Copies one tensor to its place; dequantises FP8 where the place is not FP8."""
+    tensor = shard.tensor(name)
+    is_fp8, wants_fp8 = tensor.dtype == torch.float8_e4m3fn, target.dtype == torch.float8_e4m3fn
+    if wants_fp8 and not is_fp8:
+        raise AskError(f"is {tensor.dtype}, expected FP8", field=f"tensor {name}", hint="leave FP8 linears off")
+    if is_fp8 and not wants_fp8:
+        tensor = dequant_fp8_block(tensor, _scale(headers, shard, name + SCALE), target.dtype)
+    elif not is_fp8 and tensor.dtype not in FLOATS:
+        raise AskError(f"is {tensor.dtype}", field=f"tensor {name}", hint="served: fp32, fp16, bf16, and FP8 in blocks")
+    with torch.no_grad():
+        target.copy_(tensor)
+
+
+def fill_dummy(model: Decoder, seed: int) -> None:
+    """Random weights that keep activations near 1: matrices with deviation fan_in^-0.5, norms 1, biases 0.
+
+    Embeddings have deviation 1, or that of a matrix where they are the head as well.
+    """
+    generator = torch.Generator(next(iter(model.parameters())).device).manual_seed(seed)
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, RmsNorm)}
+    tied = model.head.weight is model.embedding.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if id(parameter) in norms else 0.0)
+            elif parameter.dtype == torch.float8_e4m3fn:
+                for rows in parameter.split(4096):
+                    noise = torch.randn(rows.shape, generator=generator, device=rows.device)
+                    rows.copy_((noise * _FP8_DEVIATION).clamp(-448, 448))
+            elif parameter is model.embedding.weight and not tied:
+                parameter.normal_(generator=generator)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        _dummy_scales(model.modules())
+
+
+_FP8_DEVIATION = 64.0
+
+
+def _dummy_scales(modules: Iterable[torch.nn.Module]) -> None:
+    for module in modules:
+        scale = getattr(module, "scale", None)
+        if isinstance(scale, torch.nn.Parameter):
+            scale.fill_(module.weight.shape[1] ** -0.5 / _FP8_DEVIATION)
