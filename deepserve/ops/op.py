@@ -32,7 +32,9 @@ class Case:
 
 
 def normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Fresh standard normal numbers, the same on every device."""
+    """Fresh standard normal numbers, the same on every device (on meta: their shape alone)."""
+    if device == "meta":
+        return torch.empty(*shape, dtype=dtype, device=device)
     return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
 
@@ -50,8 +52,8 @@ class Op:
     """A named operation. Called on tensors it runs its reference; called on FX proxies it records itself as one node.
 
     `fused` ops are written with other ops: their traced reference is the pattern that graph/rewrite.py replaces.
-    `tolerance` maps the dtype of an output to (rtol, atol) against the reference (absent: bitwise); `writes` names
-    arguments that are written in place; `dtypes` are the floating dtypes that `cases` make sense in.
+    `tolerance` maps the dtype that a case is made in (an FP8 output: that dtype) to (rtol, atol) against the reference,
+    absent: bitwise; `writes` names arguments written in place; `dtypes` are those that the cases make sense in.
     Ops are called with positional arguments only, so that a pattern matches whatever the spelling.
     """
 

@@ -14,12 +14,13 @@ from deepserve.ops.op import Kernel
 def _write_kv_kernel(
     k,  # [T, N, DIM] at strides k_token_stride, k_head_stride, 1; v likewise
     v,
-    cache,  # [slots, 2, N, DIM]
+    cache,  # [num_blocks, 2, BLOCK_SIZE, N, DIM]
     slot_mapping,
     k_token_stride,
     k_head_stride,
     v_token_stride,
     v_head_stride,
+    BLOCK_SIZE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -29,11 +30,13 @@ def _write_kv_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     mask = (head < NUM_HEADS) & (channel < DIM)
-    entry = cache + tl.load(slot_mapping + token) * (2 * NUM_HEADS * DIM) + head * DIM + channel
+    slot = tl.load(slot_mapping + token)
+    row = slot // BLOCK_SIZE * (2 * BLOCK_SIZE) + slot % BLOCK_SIZE  # of K; that of V is BLOCK_SIZE further
+    entry = cache + row * (NUM_HEADS * DIM) + head * DIM + channel
     key = tl.load(k + token * k_token_stride + head * k_head_stride + channel, mask)
     value = tl.load(v + token * v_token_stride + head * v_head_stride + channel, mask)
     tl.store(entry, key.to(cache.dtype.element_ty), mask)
-    tl.store(entry + NUM_HEADS * DIM, value.to(cache.dtype.element_ty), mask)
+    tl.store(entry + BLOCK_SIZE * NUM_HEADS * DIM, value.to(cache.dtype.element_ty), mask)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
@@ -50,6 +53,7 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping
         k.stride(1),
         v.stride(0),
         v.stride(1),
+        cache.shape[2],
         num_heads,
         dim,
         heads,

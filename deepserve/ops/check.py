@@ -1,0 +1,100 @@
+"""Compares a kernel with its op's reference on fresh random inputs, with memory that nobody wrote filled with NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from deepserve.ops.inventory import KernelInfo, inventory
+from deepserve.ops.load import load_kernel, load_op
+from deepserve.ops.op import Case, Op
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+ALLOCATORS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+
+class Poisoned(TorchFunctionMode):
+    """While open, uninitialised tensors hold NaN (integers: their least value): what a kernel leaves out shows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in ALLOCATORS:
+            poison(result)
+        return result
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills a tensor with what no kernel may return."""
+    if tensor.dtype.is_floating_point and tensor.element_size() == 1:
+        tensor.view(torch.uint8).fill_(0x7F if tensor.dtype == torch.float8_e4m3fn else 0x80)  # their NaN
+    elif tensor.dtype.is_floating_point:
+        tensor.fill_(torch.nan)
+    elif tensor.dtype != torch.bool:
+        tensor.fill_(torch.iinfo(tensor.dtype).min)
+    return tensor
+
+
+def check(op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device: str, seed: int) -> str | None:
+    """None where the kernel agrees with the reference (results, and every argument afterwards), else what differs."""
+    op, kernel = load_op(op_name), load_kernel(op_name, kernel_name)
+    expected_arguments, arguments = (case.make(torch.Generator().manual_seed(seed), dtype, device) for _ in range(2))
+    given = list(arguments)
+    if kernel.pack is not None:
+        idx = op.parameters.index("weight")
+        given[idx] = kernel.pack(given[idx])
+    expected = op.reference(*expected_arguments)
+    with Poisoned():
+        actual = kernel.function(*given)
+    exact = _info(op_name, kernel_name).exactness == "bitwise"
+    tolerance = {} if exact else op.tolerance
+    return _differences(tolerance, dtype, expected, actual) or _changes(
+        op, tolerance.get(dtype, (0.0, 0.0)), expected_arguments, arguments
+    )
+
+
+def _info(op_name: str, kernel_name: str) -> KernelInfo:
+    return next(info for info in inventory()[op_name] if info.name == kernel_name)
+
+
+def _differences(
+    tolerance: dict[torch.dtype, tuple[float, float]], dtype: torch.dtype, expected: Any, actual: Any
+) -> str | None:
+    expected, actual = (value if isinstance(value, tuple) else (value,) for value in (expected, actual))
+    if len(expected) != len(actual):
+        return f"returns {len(actual)} values instead of {len(expected)}"
+    for idx, (want, got) in enumerate(zip(expected, actual)):
+        key = want.dtype if want.dtype in FP8 else dtype
+        if sentence := difference(got, want, *tolerance.get(key, (0.0, 0.0))):
+            return f"output {idx}: {sentence}"
+    return None
+
+
+def _changes(op: Op, tolerance: tuple[float, float], expected: tuple[Any, ...], actual: tuple[Any, ...]) -> str | None:
+    """Arguments that are written must hold what the reference wrote; the others, what they held."""
+    for name, want, got in zip(op.parameters, expected, actual):
+        if isinstance(want, torch.Tensor):
+            sentence = difference(got, want, *(tolerance if name in op.writes else (0.0, 0.0)))
+            if sentence:
+                return f"argument {name} afterwards: {sentence}"
+    return None
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> str | None:
+    """None where all elements are within atol + rtol * |expected|, NaN equal to NaN only; else one sentence."""
+    if actual.dtype != expected.dtype or actual.shape != expected.shape or actual.device != expected.device:
+        of = "{0.dtype} {1} on {0.device}"
+        return f"{of.format(actual, list(actual.shape))} instead of {of.format(expected, list(expected.shape))}"
+    if not expected.dtype.is_floating_point:
+        wrong = actual != expected
+        return f"{int(wrong.sum())} of {wrong.numel()} elements differ" if wrong.any() else None
+    actual, expected = actual.double(), expected.double()
+    wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if not wrong.any():
+        return None
+    first = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} elements differ by more than rtol {rtol:g} and atol {atol:g}, "
+        f"the first at {list(first)}: {actual[first]:g} instead of {expected[first]:g}"
+    )
