@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from deepserve.messages import TokenLogprobs
-from deepserve.tokenizer.encode import Tokenizer
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -41,7 +37,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of a request's n answers. `logprobs` has one {token id: Logprob} a token, where asked."""
+    """One of a request's n answers. `logprobs` has one {token id: Logprob} a token, where asked.
+
+    finish_reason: stop, length, abort or error (then `error` says what happened).
+    """
 
     index: int
     text: str
@@ -50,6 +49,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -69,28 +69,3 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
-
-
-@dataclass(slots=True)
-class Answer:
-    """A CompletionOutput in the making."""
-
-    output: CompletionOutput
-    pieces: list[str] = field(default_factory=list)
-
-    def add_logprobs(self, entries: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> None:
-        """Appends one entry a token and adds up the chosen tokens'."""
-        for entry in entries:
-            if self.output.logprobs is None:
-                self.output.logprobs, self.output.cumulative_logprob = [], 0.0
-            self.output.logprobs.append(readable(entry, tokenizer))
-            self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + entry.logprobs[0]
-
-
-def readable(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """{token id: Logprob}, the chosen token first."""
-    found: dict[int, Logprob] = {}
-    for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks):
-        text = tokenizer.decode([token]) if tokenizer is not None else None
-        found.setdefault(token, Logprob(logprob, rank, text))
-    return found

@@ -17,8 +17,8 @@ def penalise(
     """logits [S, V] fp32 with the penalties of OpenAI and, for repetition, of CTRL (Keskar et al. 2019).
 
     token_ids [S, L] int64: each row's prompt and output, `num_tokens` [S] of them valid, `num_prompt_tokens` [S] of the
-    prompt; the rest fp32 [S]. Seen: logit / r if positive, else logit * r; then - frequency * n - presence * (n > 0) for a
-    token that was put out n times. Counts are integers, so a row does not depend on how rows are put together.
+    prompt; the rest fp32 [S]. Seen: logit / r if positive, else logit * r; then - frequency * n - presence * (n > 0)
+    for a token that was put out n times. Counts are integers, so a row does not depend on how rows are put together.
     """
     num_rows, vocab_size = logits.shape
     position = torch.arange(token_ids.shape[1], device=logits.device)
