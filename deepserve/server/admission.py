@@ -91,6 +91,6 @@ def split(sampling: SamplingParams, max_tokens: int) -> list[SamplingParams]:
     """One SamplingParams for each of n sequences; with a seed, the i-th has seed + i."""
 
     def seed(index: int) -> int | None:
-        return None if sampling.seed is None else (sampling.seed + index + 2**63) % (2**64 + 2**63) - 2**63
+        return None if sampling.seed is None else (sampling.seed + index) % 2**64
 
     return [dataclasses.replace(sampling, n=1, seed=seed(index), max_tokens=max_tokens) for index in range(sampling.n)]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -13,10 +14,10 @@ import uvicorn
 
 from deepserve import __version__
 from deepserve.config import Config
-from deepserve.errors import AskError
 from deepserve.log import get_logger
 from deepserve.messages import EngineStats
 from deepserve.plan.plan import Plan
+from deepserve.plan.text import render
 from deepserve.server.app import build_app
 from deepserve.server.service import Service
 
@@ -57,8 +58,9 @@ class _Life:
             loop.add_signal_handler(number, self._on_signal, number)
         http = _HttpServer(
             uvicorn.Config(
-                build_app(self.service), log_config=None, access_log=False, lifespan="off", server_header=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=int(GRACE_S),
+                build_app(self.service), log_config=None, access_log=False, lifespan="off", ws="none",
+                server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_graceful_shutdown=int(GRACE_S),
             )
         )  # fmt: skip
         answering = asyncio.create_task(http.serve(sockets=[self.listener]))
@@ -84,8 +86,7 @@ class _Life:
         log.info("DeepServe %s, non-default args: %s", __version__, _without_secrets(service.config))
         if service.config.host is None:
             log.info("listening on %s (without --host: this machine alone, or all with --api-key)", self.url)
-        for line in service.plan.text().splitlines():
-            log.info("plan: %s", line)
+        print(f"\n{render(service.plan)}\n", file=sys.stderr, flush=True)
         starting = asyncio.create_task(service.client.start(service.config, self._on_phase))
         stopping = asyncio.create_task(self.stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
