@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -80,12 +81,15 @@ class Decoder(nn.Module):
     @property
     def attention_caches(self) -> list[MlaAttention | GqaAttention]:
         """The attention modules in layer order; each one's `cache` is the tensor that it reads and writes."""
-        return [layer.attention for layer in self.layers]
+        return [layer.attention for layer in self._decoder_layers()]
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return cast("list[DecoderLayer]", list(self.layers))
 
     def slots(self) -> Iterator[Slot]:
         """Where each tensor of the checkpoint goes."""
         yield from self.embedding.slots("model.embed_tokens")
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._decoder_layers()):
             yield from layer.slots(f"model.layers.{index}.")
         yield from self.norm.slots("model.norm")
         if not self.architecture.tie_word_embeddings:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from deepserve.errors import AskError
+from deepserve.layers.linear import Fp8Linear
 from deepserve.layers.norm import RmsNorm
 from deepserve.models.decoder import Decoder
 from deepserve.models.shards import Headers, Shard, find_shards, read_headers, stream
@@ -15,6 +16,7 @@ from deepserve.ops.dequant_fp8_block.spec import BLOCK, dequant_fp8_block
 
 SCALE = "_scale_inv"  # X.weight_scale_inv multiplies X.weight, despite the name
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8_DEVIATION = 64.0  # of dummy FP8 weights: well inside e4m3's range
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
@@ -115,19 +117,11 @@ def fill_dummy(model: Decoder, seed: int) -> None:
             elif parameter.dtype == torch.float8_e4m3fn:
                 for rows in parameter.split(4096):
                     noise = torch.randn(rows.shape, generator=generator, device=rows.device)
-                    rows.copy_((noise * _FP8_DEVIATION).clamp(-448, 448))
+                    rows.copy_((noise * FP8_DEVIATION).clamp(-448, 448))
             elif parameter is model.embedding.weight and not tied:
                 parameter.normal_(generator=generator)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        _dummy_scales(model.modules())
-
-
-_FP8_DEVIATION = 64.0
-
-
-def _dummy_scales(modules: Iterable[torch.nn.Module]) -> None:
-    for module in modules:
-        scale = getattr(module, "scale", None)
-        if isinstance(scale, torch.nn.Parameter):
-            scale.fill_(module.weight.shape[1] ** -0.5 / _FP8_DEVIATION)
+        for module in model.modules():
+            if isinstance(module, Fp8Linear):
+                module.scale.fill_(module.weight.shape[1] ** -0.5 / FP8_DEVIATION)
