@@ -1,4 +1,4 @@
-"""`deepserve bench serve | throughput | latency`: flags to runs, results to the console and to JSON files."""
+"""`deepserve bench serve | throughput | latency | ops`: flags to runs, results to the console and to JSON files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ _HELP = """usage: deepserve bench KIND ...
   serve       load on a running OpenAI-compatible server
   throughput  all requests at once through the offline engine
   latency     one batch through the offline engine, again and again
+  ops         each kernel against its reference and the roofline
 
 deepserve bench KIND --help says more"""
 
 
 def run(argv: list[str]) -> int:
     """Run one kind of benchmark."""
-    kinds = {"serve": _serve, "throughput": _throughput, "latency": _latency}
+    kinds = {"serve": _serve, "throughput": _throughput, "latency": _latency, "ops": _ops}
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0
     if argv[0] not in kinds:
         raise AskError(f"there is no such benchmark: {argv[0]}", hint=f"one of {', '.join(kinds)}")
     return kinds[argv[0]](argv[1:])
+
+
+def _ops(argv: list[str]) -> int:
+    status: int = importlib.import_module("deepserve.bench.ops").run(argv)
+    return status
 
 
 def _throughput(argv: list[str]) -> int:

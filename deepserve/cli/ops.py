@@ -8,10 +8,9 @@ import json
 import sys
 from typing import Any
 
-from deepserve.errors import AskError
+from deepserve.errors import AskError, did_you_mean
 from deepserve.hardware import Hardware, parse_hardware, this_machine
 from deepserve.ops.inventory import inventory, refusals
-from deepserve.suggest import did_you_mean
 
 TARGETS = ("gfx942", "gfx950", "sm_90")
 
@@ -40,7 +39,7 @@ def op_rows(op_name: str, hardware: Hardware, dtype: str) -> list[dict[str, Any]
 
     op = load_op(op_name)
     sample = _sample_cost(op, dtype)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for info in inventory()[op_name]:
         reason = refusals(op_name, hardware, dtype)[info.name]
         row = {"op": op_name, "kernel": info.name, "exactness": info.exactness, "possible": reason or "yes"}
@@ -76,7 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _compile(op_names: tuple[str, ...], targets: tuple[str, ...], as_json: bool) -> int:
     from deepserve.ops.compile import compile_all
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for compiled in compile_all(op_names, targets):
         rows.append(dataclasses.asdict(compiled))
         if as_json:
