@@ -54,5 +54,5 @@ $(VENV)/demo.stamp: pyproject.toml | $(PY)
 
 $(VENV)/test.stamp: pyproject.toml | $(PY)
 	@echo "setting up $(VENV) with the server and the test tools (a few minutes, once)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[server,test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[server,bench,test]'
 	@touch $@ $(VENV)/demo.stamp

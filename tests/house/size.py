@@ -1,4 +1,4 @@
-"""Counts the product's lines: the budget that keeps it readable by one person. `make size` prints them."""
+"""Counts the lines of the package: the budget that keeps it readable by one person. `make size` prints them."""
 
 import os
 from collections import Counter
@@ -7,14 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 12_000
 SOURCES = {".py", ".sh", ".js", ".css", ".html"}
-OUTSIDE = {"tests", "build", "dist"}
 
 
 def product_files() -> dict[str, int]:
-    """Lines by path from the root, for every source file outside tests/ (test_*.py beside an op is a test too)."""
+    """Lines by path from the root, for every source file that ships (test_*.py beside an op does not)."""
     lines = {}
-    for folder, folders, names in os.walk(ROOT):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in OUTSIDE)
+    for folder, folders, names in os.walk(ROOT / "deepserve"):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         for path in (Path(folder, name) for name in sorted(names) if not name.startswith("test_")):
             if path.suffix in SOURCES:
                 lines[str(path.relative_to(ROOT))] = len(path.read_text().splitlines())
@@ -25,10 +24,10 @@ def main() -> None:
     files = product_files()
     rooms = Counter()
     for path, count in files.items():
-        rooms["/".join(Path(path).parts[:2]) if "/" in path else "."] += count
+        rooms["/".join(Path(path).parts[:2])] += count
     for room, count in sorted(rooms.items()):
         print(f"{count:7,}  {room}")
-    print(f"{sum(files.values()):7,}  of {BUDGET:,} lines outside tests, in {len(files)} files; the largest:")
+    print(f"{sum(files.values()):7,}  of {BUDGET:,} lines, in {len(files)} files; the largest:")
     for path, count in sorted(files.items(), key=lambda item: -item[1])[:10]:
         print(f"{count:7,}  {path}")
 

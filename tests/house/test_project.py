@@ -3,13 +3,14 @@
 import dataclasses
 import importlib
 import re
+import sys
 import tomllib
 
 import pytest
 
 import deepserve
 from tests.house.size import ROOT
-from tests.house.tree import modules
+from tests.house.tree import imports, modules
 
 FIELDS = ROOT / "tests/house/config_fields.txt"
 
@@ -23,6 +24,19 @@ def test_every_dependency_is_a_range_with_a_reason() -> None:
         assert "==" not in requirement, f"{requirement}: a pin"
         line = next(line for line in text.splitlines() if line.strip().startswith(f'"{requirement}"'))
         assert re.search(r",\s+# \S+ \S+", line), f"{requirement}: no reason on its line"
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["server"], *extras["bench"]]
+    declared = {re.split(r"[<>=\[]", one)[0].replace("-", "_") for one in wanted}
+    declared = {{"pyzmq": "zmq", "pyyaml": "yaml"}.get(name, name) for name in declared}
+    used = {name.split(".")[0] for module in modules().values() for name, _ in imports(module)}
+    used -= {*sys.stdlib_module_names, "deepserve", "triton"}  # every GPU build of torch brings its own Triton
+    by_name = {"uvloop", "httptools"}  # uvicorn imports these when it is told to
+    assert used <= declared, f"imported, not declared: {used - declared}"
+    assert declared - by_name <= used, f"declared, not imported: {declared - by_name - used}"
 
 
 def test_the_version_is_said_once_more_only_in_the_package() -> None:
