@@ -21,7 +21,7 @@ RIVER = (
     "models kv_cache graph",
     "layers",
     "ops",
-    "config spellings facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
+    "config facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
     "messages request sampling_params outputs progress metrics dtypes spellings errors log demo",
 )
 
