@@ -88,7 +88,10 @@ def find_model(model: str) -> tuple[Path | None, Architecture]:
 def known_models() -> dict[str, dict[str, Any]]:
     """config.json of well-known models by lower-case name, so that they can be planned with nothing on the disk."""
     known: dict[str, dict[str, Any]] = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
-    return {name: {**known.get(config.pop("like", ""), {}), **config} for name, config in known.items()}
+    for config in known.values():  # a model may be "like" an earlier one
+        for key, value in known.get(config.pop("like", ""), {}).items():
+            config.setdefault(key, value)
+    return known
 
 
 def _cached_snapshot(model: str) -> Path | None:

@@ -239,9 +239,14 @@ def _load_yaml(text: str) -> Any:
     except ImportError:
         raise AskError("YAML needs the package pyyaml", field="--config", hint="pip install pyyaml, or TOML") from None
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        return found
+    return {
+        {True: "on", False: "off"}.get(key, key): value for key, value in found.items()
+    }  # YAML 1.1 reads on as true
 
 
 def _as_toml(config: Config) -> str:

@@ -177,7 +177,7 @@ def rank_bytes(
     if keep_fp8 and quantization is not None and matrix.kept_in_fp8:
         scales = math.ceil(rows / quantization.block[0]) * math.ceil(columns / quantization.block[1])
         return matrix.count * (rows * columns + 4 * scales)
-    size = 4 if matrix.name == "e_score_correction_bias" else DTYPE_BYTES[dtype]
+    size = 4 if matrix.kind == "router" else DTYPE_BYTES[dtype]  # routing is decided in fp32
     return matrix.count * rows * columns * size
 
 

@@ -57,11 +57,12 @@ def _capacity(plan: Plan) -> str:
         f"{plan.num_blocks:,} blocks of {plan.block_size} tokens",
     ]
     context = min(1024, plan.max_model_len)
-    full = min(plan.max_num_seqs, memory.num_tokens // context)
-    if decode_bound(plan, 1, context):
+    many = min(plan.max_num_seqs, memory.num_tokens // context)
+    one, all_of_them = decode_bound(plan, 1, context), decode_bound(plan, many, context)
+    if one:
         lines.append(
-            f"memory bandwidth bounds decoding at {context} tokens of context: {decode_bound(plan, 1, context):,.0f} tokens/s "
-            f"for 1 request, {decode_bound(plan, full, context):,.0f} for {full}"
+            f"memory bandwidth bounds decoding, at {context} tokens of context, to {one:,.0f} tokens/s for 1 request "
+            f"and {all_of_them:,.0f} for {many}"
         )
     return "\n".join("  " + line for line in lines)
 

@@ -1,0 +1,241 @@
+"""The plan: what it decides for which machine, what it refuses and with which numbers, and that it is pure."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepserve.config import Config
+from deepserve.errors import AskError
+from deepserve.facts import Checkpoint, Facts, find_model
+from deepserve.hardware import GIB, Hardware, parse_hardware
+from deepserve.ops.inventory import inventory
+from deepserve.optimizations import ROWS
+from deepserve.plan import make_plan
+from deepserve.plan.text import render
+
+CPU = Hardware(
+    "Test CPU", "cpu", "x86_64", 64 * GIB, features=frozenset({"avx2", "avx512f", "avx512_bf16"}), num_cores=4
+)
+
+
+def facts(model="deepseek-v2-lite", hardware=CPU, weights=1, **generation):
+    hardware = parse_hardware(hardware) if isinstance(hardware, str) else hardware
+    checkpoint = Checkpoint("/m", True, weights, {"BF16": 1}, generation)
+    return Facts(hardware, find_model(model)[1], checkpoint, inventory())
+
+
+def plan(model="deepseek-v2-lite", hardware=CPU, generation=None, **asked):
+    return make_plan(Config(model=model, **asked), facts(model, hardware, **(generation or {})))
+
+
+def refusal(**kwargs) -> AskError:
+    with pytest.raises(AskError) as caught:
+        plan(**kwargs)
+    return caught.value
+
+
+def choice(made, name):
+    return next(choice for choice in made.choices if choice.name == name)
+
+
+def test_a_cpu_plan() -> None:
+    made = plan()
+    assert (made.device, made.dtype, made.num_threads, made.block_size) == ("cpu", "bf16", 4, 16)
+    assert made.memory.kv_bytes <= 0.4 * (made.memory.budget_bytes - made.memory.weight_bytes)
+    assert made.memory.kv_bytes <= 8 * GIB
+    assert made.num_blocks * made.block_size == made.memory.num_tokens
+    assert made.blockers == ()
+    made.refuse_blockers()
+
+
+def test_a_cpu_without_bf16_computes_in_fp32_and_says_why() -> None:
+    old = dataclasses.replace(CPU, features=frozenset({"avx2"}), memory_bytes=256 * GIB)
+    made = plan(hardware=old)
+    assert made.dtype == "fp32"
+    assert choice(made, "dtype").refused == {"bf16": "this CPU has no bf16 instructions"}
+    assert plan(hardware=old, dtype="bfloat16").dtype == "bf16"
+
+
+def test_kv_bytes_a_token_are_those_of_the_papers() -> None:
+    assert plan(hardware="h100").memory.kv_bytes_per_token == 31_104
+    assert plan("deepseek-v2", "mi300x:8", tensor_parallel_size=8).memory.kv_bytes_per_token == 69_120
+    assert plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8).memory.kv_bytes_per_token == 70_272
+
+
+def test_tensor_parallelism_divides_heads_but_no_latent() -> None:
+    one, two = (plan("llama-3.1-8b", "h100:8", tensor_parallel_size=n).memory for n in (1, 2))
+    assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
+    assert one.weight_bytes / 2 < two.weight_bytes < one.weight_bytes * 0.51
+    sixteen = plan("llama-3.1-8b", "h100:16", tensor_parallel_size=16).memory
+    assert sixteen.kv_bytes_per_token * 8 == one.kv_bytes_per_token  # 8 K/V heads: two ranks share one
+
+
+def test_the_sentences_that_scripts_look_for() -> None:
+    made = plan(hardware="h100", max_model_len=8192)
+    tokens = made.memory.num_tokens
+    assert made.log_lines == (
+        f"GPU KV cache size: {tokens:,} tokens",
+        f"Maximum concurrency for 8,192 tokens per request: {tokens / 8192:.2f}x",
+    )
+
+
+def test_the_plan_is_pure_and_its_hash_is_that_of_the_decisions() -> None:
+    first, again = plan(), plan()
+    assert first == again
+    assert first.hash == again.hash
+    busy = dataclasses.replace(CPU, free_bytes=60 * GIB)
+    assert plan(hardware=busy, num_gpu_blocks_override=999).hash == plan(num_gpu_blocks_override=999).hash
+    assert plan(max_num_seqs=7).hash != first.hash
+    assert plan(off=("prefix_caching",)).hash != first.hash
+
+
+def test_the_plan_is_json() -> None:
+    made = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8)
+    found = json.loads(json.dumps(made.to_dict()))
+    assert found["hash"] == made.hash
+    assert found["memory"]["num_tokens"] == made.memory.num_tokens
+    assert {blocker["field"] for blocker in found["blockers"]} == {"tensor_parallel_size"}
+
+
+def test_nothing_is_left_on_auto() -> None:
+    text = json.dumps({k: v for k, v in plan().to_dict().items() if k != "choices"})
+    assert '"auto"' not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "said"),
+    [
+        ({"max_model_len": 200_000}, "max_model_len", "163840"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "not served"),
+        ({"quantization": "awq"}, "quantization", "not quantised"),
+        ({"quantization": "fp8"}, "quantization", "not quantised"),
+        ({"device": "cuda"}, "device", "no GPU"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size", "Test CPU"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "max_num_batched_tokens", "9"),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 99}, "max_num_batched_tokens", "163840"),
+        ({"enable_chunked_prefill": False, "long_prefill_token_threshold": 9}, "long_prefill_token_threshold", "off"),
+        ({"kv_cache_memory_bytes": 10**12}, "kv_cache_memory_bytes", "would fit"),
+        ({"num_gpu_blocks_override": 10**9}, "num_gpu_blocks_override", "would fit"),
+        ({"num_gpu_blocks_override": 2, "max_model_len": 99}, "max_model_len", "99"),
+        ({"kernels": {"linaer": "x"}}, "kernels", "did you mean linear"),
+        ({"kernels": {"linear": "x"}}, "kernels", "reference"),
+        ({"kernels": {"rms_norm": "triton"}}, "kernels", "GPU"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(asked, field, said) -> None:
+    error = refusal(**asked)
+    assert error.field == field
+    assert said in str(error)
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    error = refusal(model="deepseek-v3", hardware="mi300x:8", tensor_parallel_size=4)
+    assert error.field == "max_model_len"
+    assert "tensor_parallel_size 8" in error.hint
+    plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8)  # the hint holds
+    small = dataclasses.replace(CPU, memory_bytes=34 * GIB)
+    error = refusal(hardware=small, max_model_len=163_840)
+    shorter = int(error.hint.split("max_model_len ")[1].split(",")[0])
+    assert plan(hardware=small, max_model_len=shorter).max_model_len == shorter
+    assert refusal(hardware=small, max_model_len=shorter + 16).field == "max_model_len"
+
+
+def test_a_context_that_does_not_fit_is_shortened_only_unasked() -> None:
+    small = dataclasses.replace(CPU, memory_bytes=34 * GIB)
+    made = plan(hardware=small)
+    assert made.max_model_len < 163_840
+    assert choice(made, "max_model_len").refused == {"163840": "its KV cache does not fit"}
+    assert made.memory.concurrency >= 1
+
+
+def test_without_chunked_prefill_a_step_holds_the_longest_prompt() -> None:
+    made = plan(enable_chunked_prefill=False, max_model_len=5000)
+    assert made.max_num_batched_tokens == 5000
+    assert not made.enable_chunked_prefill
+
+
+def test_explicit_cache_sizes_are_taken() -> None:
+    assert plan(num_gpu_blocks_override=777, max_model_len=1000).num_blocks == 777
+    made = plan(kv_cache_memory_bytes=GIB, max_model_len=1000)
+    assert GIB - made.block_size * made.memory.kv_bytes_per_token < made.memory.kv_bytes <= GIB
+
+
+def test_a_gpu_uses_its_share() -> None:
+    made = plan(hardware="h100", gpu_memory_utilization=0.8)
+    assert made.memory.budget_bytes == int(parse_hardware("h100").memory_bytes * 0.8)
+    assert 0 <= made.memory.free_bytes < made.block_size * made.memory.kv_bytes_per_token
+
+
+def test_sampling_defaults_come_from_the_checkpoint_and_are_checked() -> None:
+    made = plan(generation={"temperature": 0.6, "top_p": 0.95, "do_sample": True})
+    assert made.default_sampling == {"temperature": 0.6, "top_p": 0.95}
+    assert plan(generation={"temperature": 0.6}, generation_config="vllm").default_sampling == {}
+    assert "temperature" in refusal(generation={"temperature": -1}).field
+
+
+def test_every_end_of_text_id_counts() -> None:
+    assert plan(generation={"eos_token_id": [100001, 7]}).architecture.eos_token_ids == (100001, 7)
+    assert plan(generation={"eos_token_id": 7}, generation_config="vllm").architecture.eos_token_ids == (100001,)
+    assert refusal(generation={"eos_token_id": 10**6}).field == "eos_token_id"
+
+
+def test_blockers_say_why_a_plan_is_not_served() -> None:
+    made = plan("llama-3.1-8b", "h100:2", tensor_parallel_size=2)
+    with pytest.raises(AskError) as caught:
+        made.refuse_blockers()
+    assert caught.value.field == "tensor_parallel_size"
+    without = make_plan(Config(model="m"), facts(weights=0))
+    assert [blocker.field for blocker in without.blockers] == ["model"]
+    assert make_plan(Config(model="m", load_format="dummy"), facts(weights=0)).blockers == ()
+
+
+def test_kernels_follow_the_machine_and_the_switches() -> None:
+    here, gpu = plan(), plan(hardware="mi300x")
+    assert here.kernels["linear"] == "onednn"
+    assert gpu.kernels["rms_norm"] == "triton"
+    assert plan(off=("packed_linear",)).kernels["linear"] == "reference"
+    assert plan(hardware="mi300x", off=("triton_kernels",)).kernels["rms_norm"] == "reference"
+    made = plan(kernels={"linear": "reference"})
+    assert made.kernels["linear"] == "reference"
+    assert choice(made, "kernel linear").reason == "asked for"
+    assert set(here.kernels) == set(inventory())
+
+
+def test_fusions_are_the_rows_that_are_on() -> None:
+    assert plan().fusions == {"add_rms_norm"}
+    made = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8, on=("fp8_linear",))
+    assert made.fusions == {row.fuses for row in ROWS.values() if row.fuses}
+
+
+@pytest.mark.parametrize(
+    "model", ["deepseek-v2-lite", "deepseek-v3", "mixtral-8x7b-v0.1", "qwen3-30b-a3b", "llama-3.1-8b"]
+)
+@pytest.mark.parametrize("hardware", ["mi300x:8", "mi325x:8", "mi350x:8", "mi355x:8", "h100:32", "h200:16", "b200:8"])
+def test_every_model_on_every_device(model, hardware) -> None:
+    count = parse_hardware(hardware).count
+    made = plan(model, hardware, tensor_parallel_size=count if model == "deepseek-v3" else 4)
+    text = render(made, verbose=True)
+    assert made.log_lines[0] in text
+    assert all(choice.reason for choice in made.choices)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@given(
+    st.sampled_from(["deepseek-v2-lite", "llama-3.1-8b", "qwen3-30b-a3b"]),
+    st.sampled_from(["mi300x", "h100", "b200"]),
+    st.integers(1, 40_000),
+    st.integers(1, 2048),
+    st.sampled_from([1, 16, 64, 256]),
+)
+def test_the_memory_adds_up(model, hardware, length, seqs, block_size) -> None:
+    made = plan(model, hardware, max_model_len=length, max_num_seqs=seqs, block_size=block_size)
+    memory = made.memory
+    assert memory.weight_bytes + memory.workspace_bytes + memory.kv_bytes + memory.free_bytes == memory.budget_bytes
+    assert memory.free_bytes >= 0
+    assert memory.kv_bytes == made.num_blocks * block_size * memory.kv_bytes_per_token
+    assert made.num_blocks * block_size >= length
+    assert memory.concurrency == pytest.approx(made.num_blocks / math.ceil(length / block_size))
