@@ -1,0 +1,124 @@
+"""The composition root: the only file that reads the plan's switches and puts objects together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+
+from deepserve.dtypes import TORCH_DTYPES
+from deepserve.engine.admission import RequestLimits
+from deepserve.engine.engine import Engine
+from deepserve.engine.executor import Executor
+from deepserve.graph.bind import BoundGraph, bind
+from deepserve.graph.rewrite import rewrite
+from deepserve.graph.show import count_ops
+from deepserve.graph.trace import trace
+from deepserve.kv_cache.manager import KvCacheManager
+from deepserve.kv_cache.spec import cache_specs
+from deepserve.kv_cache.tensors import allocate
+from deepserve.log import get_logger
+from deepserve.models.decoder import Decoder
+from deepserve.models.registry import build_model
+from deepserve.models.weights import load_weights
+from deepserve.ops.load import load_kernel
+from deepserve.optimizations import TABLE
+from deepserve.plan import Plan
+from deepserve.runner.model_runner import ModelRunner
+from deepserve.runner.slots import Slots
+from deepserve.runner.warm_up import warm_up
+from deepserve.sampling.sampler import Sampler
+from deepserve.scheduler.budget import StepLimits
+from deepserve.scheduler.scheduler import Scheduler
+
+log = get_logger(__name__)
+
+OnPhase = Callable[[str, float], None]  # name of a phase that is over, and its seconds
+
+
+class _Phases:
+    """Times the phases of a start; told to the log and to `on_phase`."""
+
+    def __init__(self, on_phase: OnPhase | None):
+        self.on_phase = on_phase
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        if self.on_phase is not None:
+            self.on_phase(name, self.seconds[name])
+
+
+def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
+    """An engine that has run its first steps. AskError where the plan cannot run here.
+
+    Its counters have, by row of the optimizations, how often each is in the graph.
+    """
+    plan.refuse_blockers()
+    phase = _Phases(on_phase)
+    device = torch.device(plan.device)
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.num_threads)
+    with phase("model"):
+        dtype = TORCH_DTYPES[plan.dtype]
+        model = build_model(plan.architecture, dtype, device, plan.optimizations["fp8_linear"])
+    with phase("weights"):
+        load_weights(model, plan.model_path or "", plan.load_format, seed=plan.seed)
+    log.info("Loading weights took %.2f seconds", phase.seconds["weights"])
+    with phase("kv cache"):
+        specs = cache_specs(plan.architecture, plan.kv_dtype)
+        caches = allocate(specs, plan.num_blocks, plan.block_size, device)
+        for attention, cache in zip(model.attention_caches, caches, strict=True):
+            attention.cache = cache
+    for line in plan.log_lines:
+        log.info(line)
+    with phase("graph"):
+        forward, logits, counters = _bind(plan, model)
+    argmax, softmax = (load_kernel(op, plan.kernels[op]).function for op in ("argmax", "softmax"))
+    vocab_size = plan.architecture.vocab_size
+    slots = Slots(plan.max_num_seqs, plan.max_model_len, plan.block_size, vocab_size, device, plan.seed)
+    runner = ModelRunner(forward, logits, Sampler(argmax, softmax), slots)
+    with phase("warm-up"):
+        warm_up(runner, min(plan.max_num_batched_tokens, plan.max_model_len - 1, plan.num_blocks * plan.block_size - 1))
+    total = sum(phase.seconds.values())
+    log.info("init engine (load model, create kv cache, bind graph, warmup model) took %.2f s", total)
+    return Engine(_scheduler(plan), Executor(runner, plan.async_depth), RequestLimits.of(plan), counters)
+
+
+def _scheduler(plan: Plan) -> Scheduler:
+    limits = StepLimits(
+        plan.max_num_seqs,
+        plan.max_num_batched_tokens,
+        plan.max_model_len,
+        plan.long_prefill_token_threshold,
+        plan.enable_chunked_prefill,
+    )
+    cache = KvCacheManager(plan.num_blocks, plan.block_size, plan.enable_prefix_caching)
+    return Scheduler(limits, cache, plan.architecture.eos_token_ids, plan.scheduling_policy)
+
+
+def _bind(plan: Plan, model: Decoder) -> tuple[BoundGraph, BoundGraph, dict[str, int]]:
+    """Both graphs of the model with the plan's kernels, and the counters that prove what is in them."""
+    graphs = [trace(model), trace(model, "logits")]
+    fired = [rewrite(graph, plan.fusions) for graph in graphs]
+    counters = {f"fusion_{op}": sum(one[op] for one in fired) for op in plan.fusions}
+    calls: dict[str, int] = {}
+    for graph in graphs:
+        for op, count in count_ops(graph).items():
+            calls[op] = calls.get(op, 0) + count
+    for row in TABLE:
+        if row.kernels:
+            counters[row.name] = sum(count for op, count in calls.items() if plan.kernels[op] in row.kernels)
+    counters["fp8_linear"] = calls.get("linear_fp8_block", 0)
+    forward, logits = (_bound(plan, graph) for graph in graphs)
+    return forward, logits, counters
+
+
+def _bound(plan: Plan, graph: fx.GraphModule) -> BoundGraph:
+    return bind(graph, {op: load_kernel(op, plan.kernels[op]) for op in count_ops(graph)})

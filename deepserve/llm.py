@@ -1,0 +1,268 @@
+"""The offline door: `LLM(model).generate(prompts)` runs the whole engine in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from deepserve.build import build_engine
+from deepserve.config import Config, knobs
+from deepserve.errors import AskError, did_you_mean
+from deepserve.facts import gather_facts
+from deepserve.log import get_logger
+from deepserve.messages import NewRequest, RequestDelta, TokenLogprobs
+from deepserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from deepserve.plan import make_plan
+from deepserve.progress import Progress
+from deepserve.sampling_params import SamplingParams
+from deepserve.tokenizer.decode import SequenceDecoder
+from deepserve.tokenizer.encode import Tokenizer
+
+log = get_logger(__name__)
+
+Prompt = str | list[int] | dict[str, Any]
+
+
+class LLM:
+    """An engine in this process. `fields` are those of Config, with vLLM's names: `LLM("path", max_model_len=4096)`.
+
+    Not thread-safe: one `generate` at a time.
+    """
+
+    def __init__(self, model: str, **fields: Any):
+        for name in fields:
+            if name not in knobs():
+                raise AskError("there is no such setting", field=name, hint=did_you_mean(name, knobs()))
+        config = Config(model=str(model), **fields)
+        self.plan = make_plan(config, gather_facts(config))
+        path = self.plan.tokenizer_path
+        self.tokenizer = Tokenizer.from_directory(path) if path else None
+        self.engine = build_engine(self.plan)
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """One RequestOutput a prompt, in their order.
+
+        A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}. `sampling_params` is one
+        for all or a list with one each; without, the checkpoint's own defaults. AskError names the prompt that cannot
+        be honoured, before any of them runs.
+        """
+        several = _as_list(prompts)
+        return self._run(several, [True] * len(several), sampling_params, priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, rendered by the checkpoint's chat template."""
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        tokenizer = self.get_tokenizer()
+        variables = {**({"tools": tools} if tools else {}), **(chat_template_kwargs or {})}
+        texts: list[Prompt] = [
+            tokenizer.render_chat(one, add_generation_prompt, continue_final_message, **variables)
+            for one in conversations
+        ]
+        return self._run(texts, [False] * len(texts), sampling_params, None, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; AskError if it has none."""
+        if self.tokenizer is None:
+            raise AskError("there is none", field="tokenizer", hint="pass token ids, or tokenizer=DIRECTORY")
+        return self.tokenizer
+
+    def get_metrics(self) -> dict[str, float]:
+        """The engine's counters since start and its state after the last step."""
+        return dataclasses.asdict(self.engine.stats())
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        self.engine.reset_prefix_cache()
+        return True
+
+    def shutdown(self) -> None:
+        """Ends the engine's threads. The object is of no use afterwards."""
+        self.engine.close()
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        add_special_tokens: Sequence[bool],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = self._params(sampling_params, len(prompts))
+        if priority is not None and len(priority) != len(prompts):
+            raise AskError(f"{len(priority)} of them for {len(prompts)} prompts", field="priority")
+        jobs: dict[str, _Answer] = {}
+        try:
+            outputs = []
+            for index, prompt in enumerate(prompts):
+                with _naming(index):
+                    text, ids = self._read(prompt, add_special_tokens[index])
+                    output = self._submit(text, ids, params[index], priority[index] if priority else 0, jobs)
+                outputs.append(output)
+            self._drive(jobs, Progress(len(prompts)) if use_tqdm else None)
+        finally:
+            self.engine.abort([request_id for request_id, job in jobs.items() if not job.output.finished])
+        _warn_of_short_answers(params, outputs)
+        return outputs
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+        if params is None:
+            params = SamplingParams(**self.plan.default_sampling)
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise AskError(
+                f"{len(params)} of them for {count} prompts", field="sampling_params", hint="one, or one each"
+            )
+        return params
+
+    def _read(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
+        """(text or None, token ids) of any form of prompt."""
+        if isinstance(prompt, dict):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise AskError(f"has {sorted(prompt)}", field="prompt", hint="prompt or prompt_token_ids")
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None:
+            if not isinstance(text, str):
+                raise AskError(f"is a {type(text).__name__}", field="prompt", hint="a text or a list of token ids")
+            ids = self.get_tokenizer().encode(text, add_special_tokens, self.plan.max_model_len)
+        if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
+            raise AskError("is no list of integers", field="prompt_token_ids")
+        return text, list(ids)
+
+    def _submit(
+        self, text: str | None, ids: list[int], params: SamplingParams, priority: int, jobs: dict[str, _Answer]
+    ) -> RequestOutput:
+        """Puts the n sequences of one prompt into the engine's queue; nothing is computed yet."""
+        request_id = str(next(self._numbers))
+        bad_words = self.get_tokenizer().encode_bad_words(params.bad_words) if params.bad_words else []
+        arrival = time.time()
+        output = RequestOutput(request_id, text, ids, [], False, RequestMetrics(arrival))
+        for index in range(params.n):
+            own_id = request_id if params.n == 1 else f"{request_id}-{index}"
+            seed = None if params.seed is None else (params.seed + index) % 2**64
+            own = dataclasses.replace(params, n=1, seed=seed, bad_words_ids=[*params.bad_words_ids, *bad_words])
+            answer = CompletionOutput(index, "", [])
+            job = _Answer(output, answer, SequenceDecoder(self.tokenizer, ids, own), self.tokenizer)
+            self.engine.add(NewRequest(own_id, ids, own, arrival, priority))
+            jobs[own_id] = job
+            output.outputs.append(answer)
+        return output
+
+    def _drive(self, jobs: dict[str, _Answer], progress: Progress | None) -> None:
+        """Steps the engine until every answer is finished."""
+        num_unfinished = len(jobs)
+        while num_unfinished:
+            for delta in self.engine.step().deltas:
+                job = jobs.get(delta.request_id)
+                if job is None or job.output.finished:
+                    continue
+                if job.take(delta):
+                    num_unfinished -= 1
+                    if delta.finish_reason is None:  # a stop string, which the engine does not know of
+                        self.engine.abort([delta.request_id])
+                    if progress is not None and job.request.finished:
+                        progress.add(job.request)
+        if progress is not None:
+            progress.close()
+
+
+class _Answer:
+    """One sequence on its way from deltas to a CompletionOutput."""
+
+    def __init__(
+        self, request: RequestOutput, output: CompletionOutput, decoder: SequenceDecoder, tokenizer: Tokenizer | None
+    ):
+        self.request = request
+        self.output = output
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.pieces: list[str] = []
+
+    def take(self, delta: RequestDelta) -> bool:
+        """Adds what a step brought; True when this was the last of it."""
+        piece, output, request = self.decoder.push(delta), self.output, self.request
+        metrics = request.metrics
+        if piece.token_ids and not metrics.first_token_time:
+            metrics.first_token_time = time.time()
+        if delta.scheduled_time and not metrics.first_scheduled_time:
+            metrics.first_scheduled_time = delta.scheduled_time
+            request.num_cached_tokens = delta.num_cached_tokens
+        self.pieces.append(piece.text)
+        output.token_ids += piece.token_ids
+        for entry in piece.logprobs:
+            output.logprobs = output.logprobs or []
+            output.logprobs.append(_readable(entry, self.tokenizer))
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + entry.logprobs[0]
+        if delta.prompt_logprobs is not None and request.prompt_logprobs is None:
+            told = delta.prompt_logprobs
+            request.prompt_logprobs = [entry and _readable(entry, self.tokenizer) for entry in told]
+        if piece.finish_reason is None:
+            return False
+        output.text = "".join(self.pieces)
+        output.finish_reason, output.stop_reason, output.error = piece.finish_reason, piece.stop_reason, delta.error
+        if delta.error:
+            log.error("request %s: %s", delta.request_id, delta.error)
+        metrics.num_preemptions += delta.num_preemptions
+        metrics.finished_time = time.time()
+        request.finished = all(one.finished for one in request.outputs)
+        return True
+
+
+def _readable(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """{token id: Logprob}, the chosen token first."""
+    found: dict[int, Logprob] = {}
+    for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks):
+        found.setdefault(token, Logprob(logprob, rank, tokenizer.decode([token]) if tokenizer else None))
+    return found
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt (a text, a dict, or a list of token ids) becomes a list of one."""
+    if isinstance(prompts, str | dict) or (prompts and all(isinstance(item, int) for item in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Puts the index of a prompt into the AskError that it causes."""
+    try:
+        yield
+    except AskError as error:
+        field = f"prompts[{index}]" + (f".{error.field}" if error.field else "")
+        raise AskError(error.message, field=field, hint=error.hint, status=error.status, code=error.code) from None
+
+
+def _warn_of_short_answers(params: Sequence[SamplingParams], outputs: list[RequestOutput]) -> None:
+    default = SamplingParams().max_tokens
+    cut = sum(
+        one.max_tokens == default and any(answer.finish_reason == "length" for answer in output.outputs)
+        for one, output in zip(params, outputs)
+    )
+    if cut:
+        log.warning("%d prompts were answered up to max_tokens=%d, the default", cut, default)
