@@ -1,5 +1,5 @@
 """Root-mean-square normalisation."""
 
-from deepserve.ops.inventory import REFERENCE, triton
+from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
 
-KERNELS = (REFERENCE, triton("tolerance"))
+KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"), triton("tolerance"))
