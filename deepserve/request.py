@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from deepserve.messages import TokenLogprobs
 from deepserve.sampling_params import SamplingParams
 
 
@@ -18,7 +19,7 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`token_ids` is the prompt followed by the sampled tokens; `num_placeholders` sampled tokens are still on the device.
+    """`token_ids` is the prompt followed by the sampled tokens; `num_placeholders` more are still on the device.
 
     num_tokens counts known tokens and placeholders; a step computes up to num_tokens - num_computed_tokens of them,
     and samples where it reaches the last one.
@@ -39,7 +40,9 @@ class Request:
     num_preemptions: int = 0
     scheduled_time: float = 0.0
     slot: int = -1  # row of the runner's persistent state while running
-    block_hashes: list[bytes] = field(default_factory=list)
+    rank: tuple[int, int] = (0, 0)  # its place in the policy's order, given at arrival, unique
+    block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of known tokens
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # gathered until the first token
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

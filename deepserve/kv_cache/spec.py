@@ -11,9 +11,9 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """One cache of one layer. `kind`: mla_latent (one row of kv_rank + rope_dim a token) or kv_heads (K row and V row).
+    """One cache of one layer. `kind`: mla_latent (kv_rank + rope_dim values a token) or kv_heads (a K and a V row).
 
-    `row` is the shape of one token's entry; `dtype` the stored type; `window` the tokens that stay visible, None for all.
+    `row` is the shape of one token's entry, `dtype` its stored type, `window` the tokens that stay visible (None: all).
     """
 
     kind: str

@@ -1,0 +1,48 @@
+"""The memory behind the blocks: one tensor a layer, made once and written in place by the attention layers."""
+
+from __future__ import annotations
+
+import torch
+
+from deepserve.dtypes import TORCH_DTYPES
+from deepserve.errors import AskError
+from deepserve.kv_cache.spec import CacheSpec
+
+
+def cache_shape(spec: CacheSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+    """mla_latent: [num_blocks, block_size, R + P]. kv_heads: [num_blocks, 2, block_size, Nkv, D], K before V.
+
+    A block is contiguous. These are the layouts of ops/write_latent and ops/write_kv.
+    """
+    if spec.kind == "mla_latent":
+        return (num_blocks, block_size, *spec.row)
+    if spec.kind == "kv_heads":
+        return (num_blocks, spec.row[0], block_size, *spec.row[1:])
+    raise AskError(f"there is no layout for a {spec.kind} cache", field="model", hint="mla_latent or kv_heads")
+
+
+def allocate(
+    specs: list[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str
+) -> list[torch.Tensor]:
+    """The caches of all layers in the order of `specs`, zeroed: a masked entry times 0 must not be NaN.
+
+    AskError, with the bytes that were asked for, where the dtype has no kernels yet or the memory is not there.
+    """
+    caches = []
+    for spec in specs:
+        if spec.dtype not in TORCH_DTYPES:
+            known = ", ".join(TORCH_DTYPES)
+            raise AskError(f"no kernel reads a cache of {spec.dtype}", field="kv_cache_dtype", hint=f"one of {known}")
+        try:
+            shape = cache_shape(spec, num_blocks, block_size)
+            caches.append(torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device=device))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one too
+            if "memory" not in str(error):
+                raise
+            num_bytes = sum(one.bytes_per_token for one in specs) * num_blocks * block_size
+            raise AskError(
+                f"{num_blocks} blocks of {block_size} tokens take {num_bytes:,} bytes, which {device} does not have",
+                field="kv_cache_memory_bytes",
+                hint="fewer: --kv-cache-memory-bytes or --num-gpu-blocks-override",
+            ) from error
+    return caches
