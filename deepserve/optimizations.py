@@ -45,7 +45,7 @@ def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
 
 def _fusion(op: str, sentence: str, *requires: str) -> Row:
     return Row(
-        f"fusion_{op}", sentence, "bitwise", "places in the graph where it was put in", requires=requires, fuses=op
+        f"fusion_{op}", sentence, "tolerance", "places in the graph where it was put in", requires=requires, fuses=op
     )
 
 
@@ -81,7 +81,7 @@ TABLE = (
     ),
     Row(
         "cpu_kernels",
-        "Attention, experts and routing in forms that suit a CPU's caches and threads.",
+        "Attention, experts, norms and rotations in forms that suit a CPU's caches and threads.",
         "tolerance",
         "calls in the graph that a CPU kernel serves",
         kernels=("cpu",),

@@ -16,7 +16,8 @@ from deepserve.spellings import NO_EFFECT, REFUSED, SAME, SIMILAR, config_of, fl
     ("field", "value"),
     [
         ("port", "8000"), ("port", 70000), ("port", True), ("dtype", "int8"), ("max_model_len", 0),
-        ("max_model_len", 1.5),         ("gpu_memory_utilization", 1.2), ("gpu_memory_utilization", "0.9"), ("gpu_memory_utilization", float("nan")),
+        ("max_model_len", 1.5), ("gpu_memory_utilization", 1.2), ("gpu_memory_utilization", "0.9"),
+        ("gpu_memory_utilization", float("nan")),
         ("on", [1]), ("on", ""), ("kernels", {"linear": 1}), ("kernels", "linear"), ("enable_prefix_caching", 1),
         ("seed", -1), ("seed", None), ("scheduling_policy", "lifo"), ("model", None), ("max_logprobs", 21),
     ],
@@ -76,8 +77,8 @@ def test_the_keyword_door_knows_other_spellings() -> None:
     ("name", "value", "said"),
     [
         ("pipeline_parallel_size", 2, "not built"), ("speculative_config", {"method": "mtp"}, "not built"),
-        ("enable_lora", True, "adapters"), ("max_modl_len", 5, "max_model_len"), 
-        ("mem_fraction_static", 0.8, "gpu_memory"),         ("zzzz", 1, "not an option"),
+        ("enable_lora", True, "adapters"), ("max_modl_len", 5, "max_model_len"),
+        ("mem_fraction_static", 0.8, "gpu_memory"), ("zzzz", 1, "not an option"),
     ],
 )  # fmt: skip
 def test_the_keyword_door_refuses(name, value, said) -> None:
