@@ -75,12 +75,12 @@ TABLE = {
 def parse_hardware(text: str) -> Hardware:
     """`mi300x`, `mi300x:8`, `8xMI300X` or `cpu` (this machine's). AskError on anything else."""
     found = re.fullmatch(r"(?:(\d+)\s*x\s*)?([a-z]+\d*[a-z]*?)(?::(\d+))?", text.strip().lower())
-    name = found.group(2) if found else ""
-    if name == "cpu" and not found.group(1) and not found.group(3):
+    before, name, after = found.groups() if found else (None, "", None)
+    if name == "cpu" and not before and not after:
         return this_cpu()
-    if name not in TABLE or (found.group(1) and found.group(3)):
+    if name not in TABLE or (before and after):
         raise AskError(f"{text!r} is not known", field="hardware", hint=f"{', '.join(TABLE)} or cpu, as in mi300x:8")
-    count = int(found.group(1) or found.group(3) or 1)
+    count = int(before or after or 1)
     if not 1 <= count <= 1024:
         raise AskError(f"{count} devices, expected 1 to 1024", field="hardware")
     return dataclasses.replace(TABLE[name], count=count)

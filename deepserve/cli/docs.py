@@ -67,8 +67,8 @@ def _code(*names: str) -> str:
 def _flags() -> str:
     text = (
         "# Flags\n\nEvery flag is a field of `Config` (`LLM(model, max_model_len=4096)` takes the same names).\n"
-        "Dashes and underscores are alike; a switch `--enable-x` has `--disable-x`, `--no-enable-x`, `--x` and `--no-x`; `8k` is\n"
-        "8,000 and `8K` is 8,192; `--config FILE` reads YAML, TOML or JSON whose keys are these names, and\n"
+        "Dashes and underscores are alike; a switch `--enable-x` has `--disable-x`, `--no-enable-x`, `--x` and `--no-x`;\n"
+        "`8k` is 8,000 and `8K` is 8,192; `--config FILE` reads YAML, TOML or JSON whose keys are these names, and\n"
         "`--print-config` prints such a file. No environment variable is read.\n\n"
     )
     default = dataclasses.asdict(Config())
@@ -156,7 +156,7 @@ def _hardware() -> str:
          f"{row.flops['bf16'] / 1e12:,.0f}", f"{row.flops['fp8'] / 1e12:,.0f}"]
         for key, row in TABLE.items()
     ]  # fmt: skip
-    text = "# Hardware\n\nWhat `--hardware NAME:COUNT` knows. Memory is as drivers report it, rates as data sheets state.\n\n"
+    text = "# Hardware\n\nWhat `--hardware NAME:COUNT` knows. Memory as drivers report it, rates as data sheets do.\n\n"
     return text + _table(("name", "device", "architecture", "GiB", "TB/s", "bf16 TFLOP/s", "fp8 TFLOP/s"), rows)
 
 

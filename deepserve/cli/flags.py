@@ -30,9 +30,8 @@ GROUPS = {
 class FlagParser(argparse.ArgumentParser):
     """An argument parser that raises AskError, and neither abbreviates nor prints its usage for every mistake."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """AskError in the place of usage and exit."""
@@ -55,7 +54,7 @@ def parse(argv: list[str], parser: argparse.ArgumentParser) -> tuple[Config, arg
     names = parser.parse_args(_spell(argv, known))
     if names.config:
         names = parser.parse_args([*_spell(_read_config_file(Path(names.config)), known), *_spell(argv, known)])
-    fields = {name: value for name in knobs() if (value := getattr(names, name, None)) is not None}
+    fields: dict[str, Any] = {name: value for name in knobs() if (value := getattr(names, name, None)) is not None}
     if names.model_argument:
         if fields.get("model", names.model_argument) != names.model_argument and "--model" in argv:
             raise AskError("is given twice", field="model")
@@ -65,9 +64,8 @@ def parse(argv: list[str], parser: argparse.ArgumentParser) -> tuple[Config, arg
             fields[name] = tuple(row for text in fields[name] for row in text.split(",") if row)
     for line in dict.fromkeys(getattr(names, "no_effect", [])):
         print(line, file=sys.stderr)
-    config = Config(
-        **{name: None if value == "auto" and _is_integer(name) else value for name, value in fields.items()}
-    )
+    auto: dict[str, Any] = {name: None for name, value in fields.items() if value == "auto" and _is_integer(name)}
+    config = Config(**{**fields, **auto})
     if names.print_config:
         print(_as_toml(config), end="")
         raise SystemExit(0)
@@ -149,7 +147,7 @@ def _spell(argv: list[str], known: set[str]) -> list[str]:
 
 def _switches() -> dict[str, str]:
     """--enable-x, --disable-x, --x, --no-x and --no-enable-x of every boolean field, as the one that argparse knows."""
-    spelled = {}
+    spelled: dict[str, str] = {}
     for name, kind in field_types().items():
         if optional_of(kind)[0] is not bool:
             continue
