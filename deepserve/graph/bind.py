@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import operator
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from types import MethodType, SimpleNamespace
@@ -35,26 +36,54 @@ def bind(graph: fx.GraphModule, kernels: Mapping[str, Kernel]) -> BoundGraph:
     `pack` rewrites the op's `weight` here, once; the model keeps the unpacked one for its eager methods.
     """
     line = copy.deepcopy(graph.graph)
-    tensors: dict[str, Any] = {}
-    names: dict[tuple[str, Any], str] = {}
     for node in list(line.nodes):
         if isinstance(node.target, Op):
-            kernel = kernels.get(node.target.name)
-            if kernel is None:
-                raise KeyError(f"the graph calls {node.target.name}, and no kernel is given for it")
-            if kernel.pack is not None:
-                _pack(line, node, node.target, kernel.pack)
-            node.target = kernel.function
-    for node in line.nodes:
+            _use(line, node, node.target, kernels)
+    constants = _constants(line, graph.meta["model"])
+    for idx, node in enumerate(constants):
+        node.target = f"w{idx}"
+    return _compile(line, {str(node.target): value for node, value in constants.items()})
+
+
+def _use(line: fx.Graph, node: fx.Node, op: Op, kernels: Mapping[str, Kernel]) -> None:
+    """Makes a node that calls an op call its kernel."""
+    kernel = kernels.get(op.name)
+    if kernel is None:
+        raise KeyError(f"the graph calls {op.name}, and no kernel is given for it")
+    if kernel.pack is not None:
+        _pack(line, node, op, kernel.pack)
+    node.target = kernel.function
+
+
+def _constants(line: fx.Graph, model: torch.nn.Module) -> dict[fx.Node, Any]:
+    """Each get_attr node with its value. Slices of weights become such nodes too: views made once, not at each call."""
+    constants: dict[fx.Node, Any] = {}
+    packed: dict[tuple[str, Any], Any] = {}
+    for node in list(line.nodes):
         if node.op == "get_attr":
-            pack = node.meta.get("pack")
-            name = names.setdefault((node.target, pack), f"w{len(names)}")
-            if name not in tensors:
-                value = attrgetter(node.target)(graph.meta["model"])
-                value = value.detach() if isinstance(value, torch.Tensor) else value
-                tensors[name] = pack(value) if pack else value
-            node.target = name
-    return _compile(line, tensors)
+            value = attrgetter(str(node.target))(model)
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            if pack := node.meta.get("pack"):
+                key = (str(node.target), pack)
+                value = packed[key] if key in packed else packed.setdefault(key, pack(value))
+            constants[node] = value
+        elif node.target is operator.getitem and node.args[0] in constants and _is_basic(node.args[1]):
+            constants[node] = constants[node.args[0]][node.args[1]]
+            node.op, node.args = "get_attr", ()
+    for node in reversed(list(constants)):
+        if not node.users:
+            line.erase_node(node)
+            del constants[node]
+    return constants
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index of numbers and slices makes a view."""
+    if isinstance(index, slice):
+        return not any(isinstance(part, fx.Node) for part in (index.start, index.stop, index.step))
+    if isinstance(index, tuple):
+        return all(map(_is_basic, index))
+    return index is None or index is Ellipsis or isinstance(index, int)
 
 
 def _pack(line: fx.Graph, node: fx.Node, op: Op, pack: Callable[[torch.Tensor], torch.Tensor]) -> None:

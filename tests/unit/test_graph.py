@@ -224,6 +224,23 @@ def test_packing_rewrites_only_the_weight_of_its_op():
     assert len(packed) == 1
 
 
+def test_slices_of_weights_are_taken_once():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2 * H, H), requires_grad=False)
+
+        def forward(self, x, rows):
+            return x * self.weight[:H, 0] + x * self.weight[H:][1:, None][..., 0, 2].sum() + self.weight[rows].sum()
+
+    model, x, rows = Halves(), torch.randn(3, H), torch.tensor([1, 5])
+    bound = bind(trace(model), {})
+    assert torch.equal(bound(x, rows), model(x, rows))
+    assert bound.source.count("[") == 1, bound.source
+    model.weight.mul_(2)  # slices are views: weights written later are seen
+    assert torch.equal(bound(x, rows), model(x, rows))
+
+
 def test_another_method_can_be_traced():
     model, hidden = Model(), torch.randn(3, H)
     graph = trace(model, "logits")
