@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -64,7 +65,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     phase = _Phases(on_phase)
     device = torch.device(plan.device)
     if plan.device == "cpu":
-        torch.set_num_threads(plan.num_threads)
+        _set_threads(plan.num_threads)
     with phase("model"):
         dtype = TORCH_DTYPES[plan.dtype]
         model = build_model(plan.architecture, dtype, device, plan.optimizations["fp8_linear"])
@@ -91,6 +92,14 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     return Engine(_scheduler(plan), Executor(runner, plan.async_depth), RequestLimits.of(plan), counters)
 
 
+def _set_threads(num_threads: int) -> None:
+    """The plan's threads, or fewer where OMP_NUM_THREADS (which torch has read) says so."""
+    allowed = torch.get_num_threads()
+    if allowed < num_threads:
+        log.info("torch may use %d threads, the plan's are %d (OMP_NUM_THREADS?)", allowed, num_threads)
+    torch.set_num_threads(min(num_threads, allowed))
+
+
 def _scheduler(plan: Plan) -> Scheduler:
     limits = StepLimits(
         plan.max_num_seqs,
@@ -107,15 +116,16 @@ def _bind(plan: Plan, model: Decoder) -> tuple[BoundGraph, BoundGraph, dict[str,
     """Both graphs of the model with the plan's kernels, and the counters that prove what is in them."""
     graphs = [trace(model), trace(model, "logits")]
     fired = [rewrite(graph, plan.fusions) for graph in graphs]
-    counters = {f"fusion_{op}": sum(one[op] for one in fired) for op in plan.fusions}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     for graph in graphs:
-        for op, count in count_ops(graph).items():
-            calls[op] = calls.get(op, 0) + count
+        calls.update(count_ops(graph))
+    counters = {}
     for row in TABLE:
-        if row.kernels:
+        if row.fuses:
+            counters[row.name] = sum(one.get(row.fuses, 0) for one in fired)
+        elif row.kernels:
             counters[row.name] = sum(count for op, count in calls.items() if plan.kernels[op] in row.kernels)
-    counters["fp8_linear"] = calls.get("linear_fp8_block", 0)
+    counters["fp8_linear"] = calls["linear_fp8_block"]
     forward, logits = (_bound(plan, graph) for graph in graphs)
     return forward, logits, counters
 

@@ -89,6 +89,8 @@ class SamplingParams:
                 raise AskError("every entry is a text of 1 to 1024 characters", field=name)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise AskError(f"{len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS}", field="logit_bias")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise AskError("is empty, so that no token could be sampled", field="allowed_token_ids")
         for bias in self.logit_bias.values():
             _number("logit_bias", bias, -100, 100)
 

@@ -61,7 +61,5 @@ def check_ids(sampling: SamplingParams, vocab_size: int) -> None:
         for token in tokens:
             if not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise AskError(f"token {token!r} is not in the vocabulary of {vocab_size}", field=field)
-    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
-        raise AskError("is empty, so that no token could be sampled", field="allowed_token_ids")
     if any(not word for word in sampling.bad_words_ids):
         raise AskError("holds an empty token sequence", field="bad_words")

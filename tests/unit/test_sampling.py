@@ -204,7 +204,7 @@ def test_ids_outside_the_vocabulary_are_refused(params: dict) -> None:
     with pytest.raises(AskError, match="not in the vocabulary of 6"):
         Edits(SamplingParams(**params), EOS, 6, "cpu")
     with pytest.raises(AskError, match="no token could be sampled"):
-        Edits(SamplingParams(allowed_token_ids=[]), EOS, 6, "cpu")
+        SamplingParams(allowed_token_ids=[])
 
 
 def _anything(index: int) -> SamplingParams:
