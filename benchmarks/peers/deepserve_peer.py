@@ -1,5 +1,9 @@
 """DeepServe: offline `LLM`, prefix caching off, everything else at its default."""
 
+import itertools
+import statistics
+import time
+
 import torch
 
 import deepserve
@@ -17,6 +21,34 @@ class _Engine:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [list(output.outputs[0].token_ids) for output in self._llm.generate(asked, sampling, use_tqdm=False)]
+
+    def probe(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """Milliseconds of a step that are not its forward: median over the steps in which every request decodes."""
+        engine, runner, seconds, marks = self._llm.engine, self._llm.engine.executor._runner, [0.0], []
+        step, forward, logits = engine.step, runner.forward, runner.logits
+
+        def timed(function):
+            def call(*args):
+                start = time.perf_counter()
+                result = function(*args)
+                seconds[0] += time.perf_counter() - start
+                return result
+
+            return call
+
+        def marked():
+            output = step()
+            if output.stats.num_scheduled_tokens == len(prompts):
+                marks.append((time.perf_counter(), seconds[0]))
+            return output
+
+        engine.step, runner.forward, runner.logits = marked, timed(forward), timed(logits)
+        try:
+            self.generate(prompts, max_tokens)
+        finally:
+            engine.step, runner.forward, runner.logits = step, forward, logits
+        pairs = itertools.pairwise(marks)
+        return 1e3 * statistics.median((wall1 - wall0) - (busy1 - busy0) for (wall0, busy0), (wall1, busy1) in pairs)
 
 
 def make(model: str, **options) -> _Engine:

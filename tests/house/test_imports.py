@@ -21,8 +21,8 @@ RIVER = (
     "models kv_cache graph",
     "layers",
     "ops",
-    "config facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
-    "messages request sampling_params outputs progress metrics dtypes spellings errors log demo",
+    "spellings config facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
+    "messages request sampling_params outputs progress metrics dtypes errors log demo",
 )
 
 # Decides in plain Python: no torch, not even inside a function.

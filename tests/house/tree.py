@@ -50,23 +50,24 @@ def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
             yield node
 
 
-def imports(module: Module, typing_only: bool = True) -> Iterator[tuple[str, int]]:
+@functools.cache
+def imports(module: Module, typing_only: bool = True) -> tuple[tuple[str, int], ...]:
     """Dotted names that a module imports anywhere, inside functions too, with the line.
 
     `from deepserve.ops import x` gives `deepserve.ops.x` where that is a module, else `deepserve.ops`.
     typing_only=False leaves out what stands under `if TYPE_CHECKING`.
     """
+    found: list[tuple[str, int]] = []
     skipped = set() if typing_only else _under_type_checking(module.ast)
     for node in ast.walk(module.ast):
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.Import) and node not in skipped:
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node not in skipped:
             source = _absolute(module, node)
             for alias in node.names:
                 full = f"{source}.{alias.name}"
-                yield (full if full.removeprefix("deepserve.") in modules() else source), node.lineno
+                found.append((full if full.removeprefix("deepserve.") in modules() else source, node.lineno))
+    return tuple(found)
 
 
 def imported_modules(module: Module, typing_only: bool = True) -> Iterator[tuple[str, int]]:
