@@ -34,6 +34,7 @@ TYPES = {
     torch.bool: "i1",
 }
 MATRIX = r"v_mfma|v_smfmac|wgmma\.mma_async|mma\.sync"
+LOADS = r"(?:buffer|global)_load_dwordx(\d)|ld\.global[\w.:]*\.v(\d)\.b32"  # of several 32-bit words at once
 FP8_CONVERSION = r"v_cvt_pk_fp8_f32|v_cvt_scalef32_pk_fp8|cvt\.rn\.satfinite\.e4m3x2"
 
 
@@ -48,7 +49,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What one kernel costs on one target. Registers are a thread's vector registers, shared memory (LDS) in bytes."""
+    """What one kernel costs on one target.
+
+    Registers are a thread's vector registers, shared memory is LDS, widest_load_bytes what one thread reads at once.
+    """
 
     op: str
     kernel: str
@@ -57,6 +61,7 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
+    widest_load_bytes: int
     matrix_instructions: int
     fp8_conversions: int
     num_warps: int
@@ -134,6 +139,7 @@ def _compile(op_name: str, case_name: str, launch: Launch, target: str) -> Compi
         registers=registers,
         spills=spills,
         shared_bytes=code.metadata.shared,
+        widest_load_bytes=max((4 * int(amd or nvidia) for amd, nvidia in re.findall(LOADS, text)), default=4),
         matrix_instructions=matrix,
         fp8_conversions=len(re.findall(FP8_CONVERSION, text)),
         num_warps=code.metadata.num_warps,

@@ -30,3 +30,6 @@ def test_kernels_compile(target):
         assert row["shared_bytes"] <= 65536
         if row["op"].endswith("_fp8"):
             assert row["fp8_conversions"] > 0, "the FP8 format is emulated"
+    for op in OPS:
+        widest = max(row["widest_load_bytes"] for row in rows if row["op"] == op)
+        assert widest == 16, f"{op} reads {widest} bytes a thread at once: not vectorised"

@@ -10,7 +10,7 @@ from deepserve.ops.op import Kernel
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See spec.py."""
     norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-    scale = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    scale = norm.mul_(norm).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x, scale).to(x.dtype).mul_(weight)
 
 

@@ -9,7 +9,7 @@ import torch
 from deepserve.ops.op import Case, Cost, op
 
 
-def _case(rows: int, heads: int, dim: int, block_size: int) -> Case:
+def _case(rows: int, heads: int, dim: int, block_size: int, bench: bool = False) -> Case:
     def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         num_blocks = 3 + rows // block_size
         k, v = (torch.randn(rows, heads, dim, generator=generator).to(device, dtype) for _ in range(2))
@@ -17,7 +17,7 @@ def _case(rows: int, heads: int, dim: int, block_size: int) -> Case:
         slots = torch.randperm(num_blocks * block_size, generator=generator)[:rows].to(device)
         return k, v, cache, slots
 
-    return Case(f"{rows}x{heads}x{dim}", make)
+    return Case(f"{rows}x{heads}x{dim}", make, bench)
 
 
 def _cost(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> Cost:
@@ -25,7 +25,7 @@ def _cost(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: t
 
 
 @op(
-    cases=(_case(1, 2, 16, 4), _case(37, 3, 64, 16)),
+    cases=(_case(1, 2, 16, 4), _case(37, 3, 64, 16), _case(4096, 8, 128, 16, bench=True)),
     tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (0.0, 0.0)),
     cost=_cost,
     writes=("cache",),
