@@ -1,4 +1,4 @@
-"""`deepserve generate MODEL -p TEXT`: continue texts with the offline engine. Texts go to stdout, the rest to stderr."""
+"""`deepserve generate MODEL -p TEXT`: continue texts offline. The texts go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 

@@ -1,40 +1,36 @@
-"""What only the model can say about a request: does it fit the context, are its ids in the vocabulary. No torch."""
+"""What only the plan can say about a request: does it fit the context, the vocabulary, the bounds. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from deepserve.engine.admission import RequestLimits
 from deepserve.errors import AskError
+from deepserve.messages import NewRequest
 from deepserve.plan.plan import Plan
 from deepserve.sampling_params import SamplingParams
 from deepserve.server import limits
 
 
-def check_prompt(prompt: Sequence[int], sampling: SamplingParams, default: int | None, plan: Plan) -> int:
-    """The number of tokens to generate after this prompt: what was asked, or the default as far as the context goes."""
-    room = plan.max_model_len - len(prompt)
-    if not prompt:
-        raise AskError("is empty: there is nothing to continue", field="prompt", hint="send at least one token")
-    if room < 1:
+def check_prompt(prompt: list[int], sampling: SamplingParams, default: int | None, plan: Plan) -> int:
+    """The number of tokens to generate after this prompt: what was asked, or the default as far as the context goes.
+
+    Asks what the engine will ask, before anything is sent to it; and refuses a max_tokens that the engine would cut.
+    """
+    asked = RequestLimits.of(plan)
+    room = asked.admit(NewRequest("", prompt, dataclasses.replace(sampling, max_tokens=None), 0.0), 0).max_tokens
+    if sampling.max_tokens is None:
+        return min(room, max(default or room, sampling.min_tokens))
+    if sampling.max_tokens > room:
         raise AskError(
-            f"has {len(prompt)} tokens; the context of {plan.max_model_len} leaves no room for an answer",
-            field="prompt",
-            hint="shorten the prompt or raise --max-model-len",
+            f"is {sampling.max_tokens}; after a prompt of {len(prompt)} tokens the context of {asked.max_model_len} "
+            f"has room for {room}",
+            field="max_tokens",
+            hint=f"ask for at most {room}",
             code="context_length_exceeded",
         )
-    check_vocabulary("prompt", prompt, plan)
-    wanted = sampling.max_tokens
-    for name in ("max_tokens", "min_tokens"):
-        if (value := getattr(sampling, name)) is not None and value > room:
-            raise AskError(
-                f"is {value}; after a prompt of {len(prompt)} tokens the context of {plan.max_model_len} has room "
-                f"for {room}",
-                field=name,
-                hint=f"ask for at most {room}",
-                code="context_length_exceeded",
-            )
-    return min(room, max(default or room, sampling.min_tokens)) if wanted is None else wanted
+    return sampling.max_tokens
 
 
 def check_vocabulary(name: str, token_ids: Iterable[int], plan: Plan) -> None:
@@ -46,13 +42,9 @@ def check_vocabulary(name: str, token_ids: Iterable[int], plan: Plan) -> None:
 
 
 def check_sampling(sampling: SamplingParams, num_prompts: int, priority: int | None, plan: Plan) -> None:
-    """Refuses what does not go with this model, this plan or itself."""
-    check_vocabulary("logit_bias", sampling.logit_bias, plan)
-    check_vocabulary("stop_token_ids", sampling.stop_token_ids, plan)
-    if sampling.allowed_token_ids is not None:
-        if not sampling.allowed_token_ids:
-            raise AskError("is empty: nothing could be generated", field="allowed_token_ids", hint="leave it out")
-        check_vocabulary("allowed_token_ids", sampling.allowed_token_ids, plan)
+    """Refuses what does not go with this plan or with itself."""
+    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+        raise AskError("is empty: nothing could be generated", field="allowed_token_ids", hint="leave it out")
     if num_prompts * sampling.n > limits.MAX_SEQUENCES:
         raise AskError(
             f"{num_prompts} prompts x n {sampling.n} are {num_prompts * sampling.n} sequences, at most "

@@ -19,12 +19,12 @@ from deepserve.messages import EngineStats
 from deepserve.plan.plan import Plan
 from deepserve.plan.text import render
 from deepserve.server.app import build_app
+from deepserve.server.http import BoundedHttp
 from deepserve.server.service import Service
 
 log = get_logger(__name__)
 STATS_INTERVAL_S = 10.0
 GRACE_S = 5.0  # for the errors of aborted requests to reach their clients
-MAX_HEADER_BYTES = 64 * 1024
 
 
 def serve(config: Config, plan: Plan, listener: socket.socket) -> int:
@@ -47,6 +47,7 @@ class _Life:
         self.listener = listener
         host, port = listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.begun = time.monotonic()
         self.signals = 0
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
@@ -58,15 +59,17 @@ class _Life:
             loop.add_signal_handler(number, self._on_signal, number)
         http = _HttpServer(
             uvicorn.Config(
-                build_app(self.service), log_config=None, access_log=False, lifespan="off", ws="none",
-                server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_graceful_shutdown=int(GRACE_S),
+                build_app(self.service), http=BoundedHttp, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, timeout_graceful_shutdown=int(GRACE_S),
             )
         )  # fmt: skip
         answering = asyncio.create_task(http.serve(sockets=[self.listener]))
         try:
             if await self._start():
                 await self._serve()
+        except RuntimeError as error:
+            log.error("the server cannot start: %s", error)
+            return 1
         finally:
             await self.service.client.shutdown()
             http.should_exit = True
@@ -82,12 +85,12 @@ class _Life:
 
     async def _start(self) -> bool:
         """Bring the engine up; False if a signal came first."""
-        service, begun = self.service, time.monotonic()
+        service = self.service
         log.info("DeepServe %s, non-default args: %s", __version__, _without_secrets(service.config))
         if service.config.host is None:
             log.info("listening on %s (without --host: this machine alone, or all with --api-key)", self.url)
         print(f"\n{render(service.plan)}\n", file=sys.stderr, flush=True)
-        starting = asyncio.create_task(service.client.start(service.config, self._on_phase))
+        starting = asyncio.create_task(service.client.start(service.plan, self._on_phase))
         stopping = asyncio.create_task(self.stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -96,10 +99,8 @@ class _Life:
             await asyncio.gather(starting, return_exceptions=True)
             return False
         starting.result()
-        size, concurrency = service.plan.log_lines
         log.info("Available KV cache memory: %.2f GiB", service.plan.memory.kv_bytes / 2**30)
-        log.info("%s, %s", size, concurrency)
-        log.info("init engine (load, graph, KV cache, warm-up) took %.2f s", time.monotonic() - begun)
+        log.info("start-up took %.2f s in all", time.monotonic() - self.begun)
         service.phase = "serving"
         log.info(
             "Application startup complete. The server is fired up and ready to roll! %s at %s/v1, try: "
@@ -110,6 +111,10 @@ class _Life:
         return True
 
     def _on_phase(self, name: str, seconds: float) -> None:
+        if not self.service.startup:  # what came before the engine could tell: a new process and its imports
+            before = time.monotonic() - self.begun - seconds
+            self.service.startup.append({"phase": "engine process", "seconds": round(before, 3)})
+            log.info("engine process took %.2f s", before)
         self.service.startup.append({"phase": name, "seconds": round(seconds, 3)})
         log.info("%s took %.2f s", name, seconds)
 

@@ -5,6 +5,7 @@ checked against the plan when the request is admitted.
 """
 
 MAX_BODY_BYTES = 32 * 2**20
+MAX_HEADER_BYTES = 64 * 2**10  # of a request line and headers
 MAX_JSON_DEPTH = 64  # nested objects and arrays
 MAX_PROMPTS = 1024  # in one completion request
 MAX_SEQUENCES = 2048  # prompts x n

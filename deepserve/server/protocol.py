@@ -260,7 +260,7 @@ def _check_depth(asked: dict[str, Any]) -> None:
 
 def _explain(text: str, asked: dict[str, Any], kind: type[Body]) -> AskError:
     found = _WHERE.search(text)
-    where, what = (found[1], text[: found.start()]) if found else ("", text)
+    where, what = (found[1].replace("[...]", ""), text[: found.start()]) if found else ("", text)
     if unknown := _UNKNOWN.search(what):
         path = f"{where}.{unknown[1]}" if where else unknown[1]
         known = sorted(kind.__struct_fields__) if not where else []

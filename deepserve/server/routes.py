@@ -89,11 +89,11 @@ async def _order(
 ) -> Order:
     default = COMPLETION_MAX_TOKENS if isinstance(body, protocol.CompletionBody) else None
     default = service.plan.default_sampling.get("max_tokens", default)
-    lengths = [check_prompt(prompt, sampling, default, service.plan) for prompt in prompts]
-    check_work(prompts, lengths, sampling)
     if sampling.bad_words:
         encode = service.text_tokenizer("bad_words").encode_bad_words
         sampling.bad_words_ids = await service.in_thread(encode, sampling.bad_words)
+    lengths = [check_prompt(prompt, sampling, default, service.plan) for prompt in prompts]
+    check_work(prompts, lengths, sampling)
     echo_only = body.asked_max_tokens == 0
     return Order(prompts, lengths, sampling, time.time(), body.priority or 0, body.cache_salt, echo_only)
 

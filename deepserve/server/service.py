@@ -12,6 +12,7 @@ from deepserve import __version__
 from deepserve.config import Config
 from deepserve.engine.client import ProcessClient
 from deepserve.errors import AskError
+from deepserve.messages import EngineStats
 from deepserve.plan.plan import Plan
 from deepserve.server.exporter import Exporter
 from deepserve.server.generation import Generation, Order
@@ -27,10 +28,11 @@ class Service:
     def __init__(self, config: Config, plan: Plan):
         self.config = config
         self.plan = plan
-        self.client = ProcessClient()
+        self.client = ProcessClient(self._on_stats)
         self.tokenizer = Tokenizer.from_directory(plan.tokenizer_path) if plan.tokenizer_path else None
         self.names = plan.served_model_name
         self.exporter = Exporter(self.names[0], lambda: self.client.stats)
+        self._num_steps = 0
         self.exporter.set_cache_config(
             {
                 "block_size": plan.block_size,
@@ -47,6 +49,11 @@ class Service:
         self.idle = asyncio.Event()
         self.idle.set()
         self._encoders = ThreadPoolExecutor(2, "encode")
+
+    def _on_stats(self, stats: EngineStats) -> None:
+        if stats.num_steps != self._num_steps:  # not a mere heartbeat
+            self._num_steps = stats.num_steps
+            self.exporter.step(stats.num_scheduled_tokens)
 
     def check_welcome(self) -> None:
         """AskError 503 unless requests are being served."""

@@ -1,0 +1,39 @@
+"""uvicorn's fast HTTP parser, bounded: a request line and headers without end would otherwise fill the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from deepserve.server import limits
+
+_REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Closes a connection whose headers pass the limit before they are complete."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._num_header_bytes = 0
+        self._in_headers = True
+
+    def data_received(self, data: bytes) -> None:
+        """What the client sent next."""
+        super().data_received(data)
+        if self._in_headers:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > limits.MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.transport.write(_REFUSAL)
+                self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """The parser has seen all headers of a request."""
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """And all of its body: the next request may begin."""
+        super().on_message_complete()
+        self._in_headers, self._num_header_bytes = True, 0

@@ -1,0 +1,117 @@
+"""Every field of every request with every kind of value: an answer or a 4xx that names it, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from deepserve.server.protocol import UNSUPPORTED, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from tests.e2e.server import Server, eventually, serving
+from tests.tiny import write_checkpoint
+
+MESSAGES = [{"role": "user", "content": "a dog"}]
+ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
+    "/v1/completions": (CompletionBody, {"prompt": [7, 8], "max_tokens": 2}),
+    "/v1/chat/completions": (ChatBody, {"messages": MESSAGES, "max_tokens": 2}),
+    "/tokenize": (TokenizeBody, {"prompt": "a dog"}),
+    "/detokenize": (DetokenizeBody, {"tokens": [7, 8]}),
+}
+EXTREMES = [
+    None, True, False, 0, 1, -1, 2, 20, 21, 128, 129, 320, 2**31 - 1, 2**31, 2**63, 2**64, 10**40, -(2**63), -(2**70),
+    0.0, -0.0, 0.5, 1.0, 1e-320, 1e308, -1e308, float("nan"), float("inf"), "", "a", "nan", "\x00", "🦊" * 50,
+    "a" * 5000, [], [0], [-1], [319], [320], [10**40], [""], ["a", 1], [[]], [[7], [8]], [None], {}, {"a": 1},
+    {"5": 1.0}, {"5": None}, {"-1": 1}, {"319": 1, "320": 1}, [[[[[[]]]]]], [{}], [MESSAGES], MESSAGES, ["a"] * 3000,
+    [7] * 3000,
+]  # fmt: skip
+VALUES = st.sampled_from(EXTREMES) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+BOUNDED = settings(
+    deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    with serving(write_checkpoint("llama", folder / "model"), folder, "--disable-uvicorn-access-log") as server:
+        yield server
+
+
+def check(server: Server, route: str, content: bytes) -> int:
+    """Send it; the status. Fails on anything but an answer or a well-formed refusal."""
+    reply = server.http.post(route, content=content)
+    assert reply.status_code == 200 or 400 <= reply.status_code < 500, (route, content[:300], reply.text)
+    assert len(reply.content) < 4_000_000
+    if reply.status_code == 200:
+        if reply.headers["content-type"].startswith("text/event-stream"):
+            assert reply.text.endswith("data: [DONE]\n\n") and '"error"' not in reply.text, (
+                content[:300],
+                reply.text[-300:],
+            )
+        else:
+            json.loads(reply.content)
+    else:
+        error = reply.json()["error"]
+        assert set(error) == {"message", "type", "param", "code", "hint"}
+        assert (error["message"] and error["type"] == "invalid_request_error") or reply.status_code == 404, error
+        assert len(reply.content) < 2000, (content[:300], len(reply.content))
+    return reply.status_code
+
+
+def fields(kind: type) -> list[str]:
+    """Every name that a route may be sent: its own, and those it refuses unless they ask for nothing."""
+    own = list(kind.__struct_fields__)
+    return (
+        own + [name for name in UNSUPPORTED if name not in own] if issubclass(kind, CompletionBody | ChatBody) else own
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_extremes_in_every_field(server: Server, route: str) -> None:
+    alone = server.witness()
+    kind, body = ROUTES[route]
+    for name in fields(kind):
+        for value in EXTREMES:
+            check(server, route, json.dumps({**body, name: value}).encode())
+    assert server.witness() == alone
+    assert eventually(server.blocks_are_free, 5)
+
+
+@BOUNDED
+@settings(max_examples=250)
+@given(data=st.data())
+def test_any_fields_together(server: Server, data: st.DataObject) -> None:
+    route = data.draw(st.sampled_from(list(ROUTES)))
+    kind, body = ROUTES[route]
+    names = st.sampled_from(fields(kind)) | st.text(max_size=8)
+    check(server, route, json.dumps({**body, **data.draw(st.dictionaries(names, VALUES, max_size=4))}).encode())
+
+
+@BOUNDED
+@settings(max_examples=150)
+@given(st.sampled_from(list(ROUTES)), st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode()))
+def test_any_bytes(server: Server, route: str, content: bytes) -> None:
+    check(server, route, content)
+
+
+@BOUNDED
+@settings(max_examples=150)
+@given(st.sampled_from(list(ROUTES)), st.integers(0, 2**16), st.binary(min_size=1, max_size=4))
+def test_a_good_body_with_a_hole(server: Server, route: str, place: int, junk: bytes) -> None:
+    good = json.dumps(ROUTES[route][1]).encode()
+    place %= len(good)
+    check(server, route, good[:place] + junk + good[place + len(junk) :])
+
+
+def test_the_server_is_as_it_was(server: Server) -> None:
+    assert server.http.get("/health").status_code == 200
+    assert eventually(server.blocks_are_free, 5)
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()[-3000:]
