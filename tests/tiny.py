@@ -56,8 +56,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         "routed_scaling_factor": 1.0, "rope_parameters": _yarn(0.707),
     }),
     "deepseek-v2": ("DeepseekV2", {
-        **_V2, "q_lora_rank": 48, "rms_norm_eps": 1e-4, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
-        "routed_scaling_factor": 16.0, "rope_parameters": _yarn(1.0),
+        **_V2, "q_lora_rank": 48, "rms_norm_eps": 1e-4, "topk_method": "group_limited_greedy", "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 16.0, "rope_parameters": _yarn(1.0),
     }),
     "deepseek-v3": ("DeepseekV3", _V3),
     "deepseek-v3-fp8": ("DeepseekV3", _V3),
