@@ -57,6 +57,7 @@ class _Slot:
     block_ids: list[int]
     wants_prompt: bool
     wants_logprobs: bool
+    lost: bool = False  # a step of it failed: what it computes from now on is garbage that nobody may use
 
 
 class HistoryRunner:
@@ -81,10 +82,15 @@ class HistoryRunner:
         for row in step.rows:
             self._enter(row)
         if step.step in self.broken:
+            for row in step.rows:
+                self.slots[row.slot].lost = True
             raise RuntimeError("the device fell over")
         for row in step.rows:
             if row.request_id in self.poison:
                 result.errors[row.request_id] = "poisoned"
+                self.slots[row.slot].lost = True
+            elif self.slots[row.slot].lost:  # a step ahead of the bad news: its result must be dropped
+                result.sampled[row.request_id] = [VOCAB_SIZE + 1]
             else:
                 self._compute(row, self.slots[row.slot], result)
         return result

@@ -3,7 +3,7 @@
 from collections import deque
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -256,7 +256,11 @@ def test_every_history_ends_well(machine):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=330, stateful_step_count=100, suppress_health_check=list(HealthCheck), deadline=None
+            max_examples=330,
+            stateful_step_count=100,
+            suppress_health_check=list(HealthCheck),
+            deadline=None,
+            phases=[Phase.generate],  # shrinking takes minutes
         ),
     )
     assert NUM_STEPS["rules"] > 25_000, NUM_STEPS
