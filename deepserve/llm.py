@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepserve.build import build_engine
-from deepserve.config import Config, knobs
-from deepserve.errors import AskError, did_you_mean
+from deepserve.errors import AskError
 from deepserve.facts import gather_facts
 from deepserve.log import get_logger
 from deepserve.messages import NewRequest, RequestDelta, TokenLogprobs
@@ -19,6 +18,7 @@ from deepserve.outputs import CompletionOutput, Logprob, RequestMetrics, Request
 from deepserve.plan import make_plan
 from deepserve.progress import Progress
 from deepserve.sampling_params import SamplingParams
+from deepserve.spellings import config_of
 from deepserve.tokenizer.decode import SequenceDecoder
 from deepserve.tokenizer.encode import Tokenizer
 
@@ -34,10 +34,9 @@ class LLM:
     """
 
     def __init__(self, model: str, **fields: Any):
-        for name in fields:
-            if name not in knobs():
-                raise AskError("there is no such setting", field=name, hint=did_you_mean(name, knobs()))
-        config = Config(model=str(model), **fields)
+        config, lines = config_of(model=str(model), **fields)
+        for line in lines:
+            log.warning(line)
         self.plan = make_plan(config, gather_facts(config))
         path = self.plan.tokenizer_path
         self.tokenizer = Tokenizer.from_directory(path) if path else None
