@@ -62,23 +62,35 @@ class ModelRunner:
         slots, index, batch = self.slots, prepared.slots, prepared.batch
         whole = len(prepared.sampled) == len(hidden)
         logits = self.logits(hidden if whole else hidden.index_select(0, batch.sample_idx))
-        columns = slots.columns.take(index)
-        edits = [slots.edits[slot] for slot in index]
-        rows = SamplingRows(columns, index, prepared.positions, slots.num_prompt_tokens[index], edits, slots.token_ids)
-        tokens, evidence = self.sampler.sample(logits, rows)
+        needs = slots.columns.needs[index]
+        if needs.any():
+            tokens, evidence = self.sampler.sample(logits, self._sampling_rows(prepared))
+        else:
+            tokens, evidence = self.sampler.most_probable(logits)
         if (slots.generation[index] != prepared.generations).any():
             raise RuntimeError("a slot changed hands while its step ran")
         where = torch.from_numpy(index * slots.token_ids.shape[1] + prepared.positions)
-        slots.token_ids.view(-1)[where.to(tokens.device)] = tokens.int()
+        slots.token_ids.view(-1).index_copy_(0, where.to(tokens.device), tokens.int())
         for row, token, proof in zip(prepared.sampled, tokens.tolist(), evidence.tolist()):
             if math.isfinite(proof):
                 result.sampled[row.request_id] = [token]
             else:
                 result.errors.setdefault(row.request_id, "no token can be sampled: all are forbidden or not finite")
-        asked = [i for i in range(len(index)) if columns.needs[i] & LOGPROBS]
+        asked = (needs & LOGPROBS).nonzero()[0].tolist()
         if asked:
             told = token_logprobs(logits[asked], tokens[asked], [slots.logprobs[index[i]] for i in asked])
             result.logprobs = {prepared.sampled[i].request_id: [entry] for i, entry in zip(asked, told)}
+
+    def _sampling_rows(self, prepared: Prepared) -> SamplingRows:
+        slots, index = self.slots, prepared.slots
+        return SamplingRows(
+            slots.columns.take(index),
+            index,
+            prepared.positions,
+            slots.num_prompt_tokens[index],
+            [slots.edits[slot] for slot in index],
+            slots.token_ids,
+        )
 
     def _tell_prompt_logprobs(self, prepared: Prepared, hidden: torch.Tensor, result: StepResult) -> None:
         """The entries of the prompt tokens that follow the computed ones, a slice of rows at a time."""

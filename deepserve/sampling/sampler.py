@@ -43,7 +43,7 @@ class Sampler:
         if needs & (EDITED | PENALISED):
             logits = self._modify(logits, rows)
         if not needs & SAMPLED:
-            return self._most_probable(logits)
+            return self.most_probable(logits)
         drawn = np.flatnonzero(rows.columns.needs & SAMPLED)
         if len(drawn) == len(logits):
             return self._draw(logits, rows.columns, rows.positions)
@@ -51,12 +51,13 @@ class Sampler:
         index = _index(drawn, logits)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         evidence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-        token, proof = self._most_probable(logits[greedy])
+        token, proof = self.most_probable(logits[greedy])
         tokens[greedy], evidence[greedy] = token, proof.double()
         tokens[index], evidence[index] = self._draw(logits[index], rows.columns.take(drawn), rows.positions[drawn])
         return tokens, evidence
 
-    def _most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sample` for rows that need nothing else: argmax, and the logit that it found as evidence."""
         tokens = self.argmax(logits)
         return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
 

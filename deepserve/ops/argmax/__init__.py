@@ -1,5 +1,5 @@
 """The most likely token of each row."""
 
-from deepserve.ops.inventory import REFERENCE, triton
+from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
 
-KERNELS = (REFERENCE, triton("bitwise"))
+KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu), triton("bitwise"))
