@@ -5,6 +5,7 @@ Needs a CPU. K/V rows are gathered into a buffer that stays in the cache of the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -36,17 +37,48 @@ def _block_diagonal(
     return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
-def _decode(q: torch.Tensor, rows: torch.Tensor, group: Group, block_size: int, scale: float) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """A group of decoding requests, which rows of the cache its K and V are, and buffers [b * L, Nkv * D] for them."""
+
+    group: Group
+    k_rows: torch.Tensor
+    v_rows: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def _gathers(batch: Batch, window: int | None, rows: torch.Tensor) -> list[_Gather]:
+    """Worked out once a step; the buffers are the same for every group and layer, so that they stay in the cache."""
+    key = ("gqa_attention.cpu", window, rows.shape[1])
+    if key not in batch.derived:
+        width = rows.shape[1]
+        groups = decode_groups(batch, window, 2 * width * rows.element_size(), rows.dtype)
+        longest = max((len(group.slots) for group in groups), default=0)
+        k, v = rows.new_empty(2, longest, width)
+        batch.derived[key] = [
+            _Gather(group, *_kv_rows(group.slots, batch.block_size), k[: len(group.slots)], v[: len(group.slots)])
+            for group in groups
+        ]
+    gathers: list[_Gather] = batch.derived[key]
+    return gathers
+
+
+def _kv_rows(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a cache viewed as [num_blocks * 2 * block_size, Nkv * D] where K and V of each slot are."""
+    k_rows = slots + slots.div(block_size, rounding_mode="floor") * block_size
+    return k_rows, k_rows + block_size
+
+
+def _decode(q: torch.Tensor, rows: torch.Tensor, gather: _Gather, scale: float) -> torch.Tensor:
     """q [b, Nkv, G, D], rows [num_blocks * 2 * block_size, Nkv * D] -> [b, Nkv, G, D]."""
     b, kv_heads, _, dim = q.shape
-    # Slot s of block n lies at row s of the K half; n * block_size rows of V lie between the halves of earlier blocks.
-    k_rows = group.slots + group.slots.div(block_size, rounding_mode="floor") * block_size
-    k = rows.index_select(0, k_rows).view(b, -1, kv_heads * dim)
-    v = rows.index_select(0, k_rows + block_size).view(b, -1, kv_heads * dim)
-    if kv_heads <= MAX_KV_HEADS and group.slots.shape[0] >= MIN_TOKENS:
-        return _block_diagonal(q, k, v, group.mask, scale)
+    k = torch.index_select(rows, 0, gather.k_rows, out=gather.k).view(b, -1, kv_heads * dim)
+    v = torch.index_select(rows, 0, gather.v_rows, out=gather.v).view(b, -1, kv_heads * dim)
+    if kv_heads <= MAX_KV_HEADS and len(gather.k_rows) >= MIN_TOKENS:
+        return _block_diagonal(q, k, v, gather.group.mask, scale)
     k, v = (x.view(b, -1, kv_heads, dim).transpose(1, 2) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask.unsqueeze(1), scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=gather.group.mask.unsqueeze(1), scale=scale)
 
 
 def _long(
@@ -56,8 +88,8 @@ def _long(
     query_len, _, dim = q.shape
     first = 0 if window is None else max(0, len(slots) - query_len - window + 1)
     slots = slots[first:]
-    k_rows = slots + slots.div(block_size, rounding_mode="floor") * block_size
-    k, v = (rows.index_select(0, r).view(1, len(slots), -1, dim).transpose(1, 2) for r in (k_rows, k_rows + block_size))
+    kv_rows = _kv_rows(slots, block_size)
+    k, v = (rows.index_select(0, which).view(1, len(slots), -1, dim).transpose(1, 2) for which in kv_rows)
     whole = window is None and len(slots) == query_len
     mask = None if whole else visible(query_len, len(slots), window, q.device)
     y = F.scaled_dot_product_attention(
@@ -72,11 +104,9 @@ def function(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, w
     rows = cache.view(-1, kv_heads * dim)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     grouped, written = (x.view(x.shape[0], kv_heads, -1, dim) for x in (q, out))
-    for group in decode_groups(batch, window, 2 * rows.shape[1] * cache.element_size(), q.dtype):
-        if group.requests is None:
-            written[: batch.num_single] = _decode(grouped[: batch.num_single], rows, group, size, scale)
-        else:
-            written[group.requests] = _decode(grouped[group.requests], rows, group, size, scale)
+    for gather in _gathers(batch, window, rows):
+        which = slice(batch.num_single) if gather.group.requests is None else gather.group.requests
+        written[which] = _decode(grouped[which], rows, gather, scale)
     start = batch.num_single
     for request in range(batch.num_single, len(batch.query_lens)):
         end = start + batch.query_lens[request]

@@ -16,9 +16,11 @@ from deepserve.runner.batch import Batch
 LONG_BYTES = 64 << 20  # keys and values of long rows, made from latents
 
 
-def _absorbed(q: torch.Tensor, rows: torch.Tensor, group: Group, rank: int, scale: float) -> torch.Tensor:
-    """q [b, N, R + P], rows [slots, R + P] -> the mixed latents [b, N, R]."""
-    latents = rows.index_select(0, group.slots).view(q.shape[0], -1, rows.shape[1])
+def _absorbed(
+    q: torch.Tensor, rows: torch.Tensor, group: Group, buffer: torch.Tensor, rank: int, scale: float
+) -> torch.Tensor:
+    """q [b, N, R + P], rows [slots, R + P] -> the mixed latents [b, N, R]; the gathered ones go to `buffer`."""
+    latents = torch.index_select(rows, 0, group.slots, out=buffer[: len(group.slots)]).view(len(q), -1, rows.shape[1])
     scores = torch.baddbmm(group.mask, q, latents.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), latents)[..., :rank]
 
@@ -26,11 +28,15 @@ def _absorbed(q: torch.Tensor, rows: torch.Tensor, group: Group, rank: int, scal
 def _single(q: torch.Tensor, rows: torch.Tensor, batch: Batch, rank: int, scale: float) -> torch.Tensor:
     """q [num_single, N, R + P] -> [num_single, N, R]."""
     groups = decode_groups(batch, None, rows.shape[1] * rows.element_size(), q.dtype)
+    key = ("mla_attention.cpu", rows.shape[1])
+    if key not in batch.derived:  # one buffer for all groups and layers, so that it stays in the cache
+        batch.derived[key] = rows.new_empty(max(len(group.slots) for group in groups), rows.shape[1])
+    buffer = batch.derived[key]
     if groups[0].requests is None:
-        return _absorbed(q, rows, groups[0], rank, scale)
+        return _absorbed(q, rows, groups[0], buffer, rank, scale)
     out = q.new_empty(*q.shape[:2], rank)
     for group in groups:
-        out[group.requests] = _absorbed(q[group.requests], rows, group, rank, scale)
+        out[group.requests] = _absorbed(q[group.requests], rows, group, buffer, rank, scale)
     return out
 
 
