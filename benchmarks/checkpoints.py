@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py DIRECTORY [NAME ...]
 
-Weights have unit gain (std fan_in^-0.5, norms 1, embeddings 1), so that MoE routing spreads over the experts as it does
-in a trained model; constant or tiny weights collapse the routing and flatter every result.
+Weights have unit gain (std fan_in^-0.5, norms 1, embeddings 1 unless they are the head too), so that MoE routing
+spreads over the experts as it does in a trained model; constant or tiny weights collapse it and flatter every result.
 """
 
 import json
@@ -145,7 +145,8 @@ def make_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
         elif tensor.endswith("e_score_correction_bias"):
             tensors[tensor] = torch.randn(shape, generator=generator) * 0.01
         else:
-            std = 1.0 if "embed_tokens" in tensor else shape[-1] ** -0.5
+            embedding = "embed_tokens" in tensor and not config["tie_word_embeddings"]
+            std = 1.0 if embedding else shape[-1] ** -0.5
             tensors[tensor] = (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     _tokenizer(config["vocab_size"]).save(str(path / "tokenizer.json"))

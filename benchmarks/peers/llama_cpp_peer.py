@@ -68,6 +68,7 @@ class _Engine:
 
 def make(model: str, max_model_len: int, **options) -> _Engine:
     path = Path(model) / "model-bf16.gguf"
-    if not path.exists():
+    newest = max(shard.stat().st_mtime for shard in Path(model).glob("*.safetensors"))
+    if not path.exists() or path.stat().st_mtime < newest:
         write_gguf(Path(model), path)
     return _Engine(path, options)
