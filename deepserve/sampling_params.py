@@ -68,7 +68,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0, 1)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)  # divides logits: they must stay finite
         _integer("n", self.n, 1, MAX_N)
         _integer("top_k", self.top_k, 0, 2**31)
         _integer("min_tokens", self.min_tokens, 0, 2**31)

@@ -17,12 +17,14 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._num_header_bytes = 0
+        self._num_events = 0  # headers and messages completed
         self._in_headers = True
 
     def data_received(self, data: bytes) -> None:
         """What the client sent next."""
+        known = self._num_events
         super().data_received(data)
-        if self._in_headers:
+        if self._in_headers and known == self._num_events:  # all of it belongs to headers
             self._num_header_bytes += len(data)
             if self._num_header_bytes > limits.MAX_HEADER_BYTES and not self.transport.is_closing():
                 self.transport.write(_REFUSAL)
@@ -30,10 +32,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The parser has seen all headers of a request."""
-        self._in_headers = False
+        self._in_headers, self._num_events = False, self._num_events + 1
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """And all of its body: the next request may begin."""
         super().on_message_complete()
-        self._in_headers, self._num_header_bytes = True, 0
+        self._in_headers, self._num_events, self._num_header_bytes = True, self._num_events + 1, 0

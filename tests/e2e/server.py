@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -14,8 +15,20 @@ from pathlib import Path
 
 import httpx
 
+from tests.tiny import CHECKPOINTS, write_tokenizer
+
 READY_S = 90.0
 WITNESS = {"prompt": [7, 8, 9, 10, 11], "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+
+
+def write_model(path: Path, **overrides: object) -> Path:
+    """A checkpoint without weights, for `--load-format dummy`: what its tokens are does not matter to most tests."""
+    kind, config = CHECKPOINTS["llama"]
+    path.mkdir(parents=True)
+    head = {"model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "dtype": "float32"}
+    (path / "config.json").write_text(json.dumps({**head, **config, **overrides}))
+    write_tokenizer(path)
+    return path
 
 
 def free_port() -> int:

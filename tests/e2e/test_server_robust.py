@@ -15,22 +15,23 @@ import pytest
 
 from deepserve.server.app import ROUTES
 from deepserve.server.door import OPEN_PATHS
-from tests.e2e.server import Server, eventually, serving
-from tests.tiny import write_checkpoint
+from tests.e2e.server import Server, eventually, serving, write_model
 
 CONTEXT = 8192
 LONG = {"prompt": [7, 8, 9], "max_tokens": CONTEXT - 100, "ignore_eos": True}
 KEY = "sesame"
+DUMMY = ("--load-format", "dummy")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_checkpoint("llama", tmp_path_factory.mktemp("robust") / "model", max_position_embeddings=CONTEXT)
+    return write_model(tmp_path_factory.mktemp("robust") / "model", max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    with serving(model, tmp_path_factory.mktemp("log"), "--max-num-seqs", "4", api_key=KEY) as server:
+    limits = ("--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+    with serving(model, tmp_path_factory.mktemp("log"), *DUMMY, *limits, api_key=KEY) as server:
         yield server
 
 
@@ -146,7 +147,7 @@ def test_headers_without_end_are_cut_off(server: Server) -> None:
 
 
 def test_a_full_queue_is_429(model, tmp_path) -> None:
-    with serving(model, tmp_path, "--max-num-seqs", "1", "--max-num-queued-reqs", "1") as server:
+    with serving(model, tmp_path, *DUMMY, "--max-num-seqs", "1", "--max-num-queued-reqs", "1") as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
             data = json.dumps({**LONG, "stream": True}).encode()
@@ -165,7 +166,7 @@ def test_a_full_queue_is_429(model, tmp_path) -> None:
 
 def test_sigterm_drains(model, tmp_path) -> None:
     """Requests that run are answered in full, new ones are refused, /ready says so, and the exit status is 0."""
-    with serving(model, tmp_path) as server:
+    with serving(model, tmp_path, *DUMMY) as server:
         lines: list[str] = []
         body = {**LONG, "max_tokens": 400, "stream": True}
 
@@ -187,7 +188,7 @@ def test_sigterm_drains(model, tmp_path) -> None:
 
 
 def test_a_drain_that_takes_too_long_ends_requests_with_an_error(model, tmp_path) -> None:
-    with serving(model, tmp_path, "--shutdown-timeout", "1") as server:
+    with serving(model, tmp_path, *DUMMY, "--shutdown-timeout", "1") as server:
         lines: list[str] = []
         body = {**LONG, "stream": True}
 
@@ -206,7 +207,7 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(model, tmp_path
 
 def test_an_engine_that_is_killed(model, tmp_path) -> None:
     """Requests that run end with an error, /health and /ready turn 503, new requests are refused; nothing hangs."""
-    with serving(model, tmp_path) as server:
+    with serving(model, tmp_path, *DUMMY) as server:
         assert server.http.get("/health").status_code == 200
         with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=30) as reply:
             lines = (line for line in reply.iter_lines() if line)

@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from deepserve.server.protocol import UNSUPPORTED, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from tests.e2e.server import Server, eventually, serving
-from tests.tiny import write_checkpoint
+from tests.e2e.server import Server, eventually, serving, write_model
 
 MESSAGES = [{"role": "user", "content": "a dog"}]
 ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -32,16 +31,17 @@ VALUES = st.sampled_from(EXTREMES) | st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=8,
 )
-BOUNDED = settings(
-    deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+
+
+def bounded(examples: int) -> settings:
+    """So many examples against a live server, without shrinking."""
+    return settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    with serving(write_checkpoint("llama", folder / "model"), folder, "--disable-uvicorn-access-log") as server:
+    with serving(write_model(folder / "model"), folder, "--load-format", "dummy", "--disable-log-stats") as server:
         yield server
 
 
@@ -85,8 +85,7 @@ def test_extremes_in_every_field(server: Server, route: str) -> None:
     assert eventually(server.blocks_are_free, 5)
 
 
-@BOUNDED
-@settings(max_examples=250)
+@bounded(250)
 @given(data=st.data())
 def test_any_fields_together(server: Server, data: st.DataObject) -> None:
     route = data.draw(st.sampled_from(list(ROUTES)))
@@ -95,15 +94,13 @@ def test_any_fields_together(server: Server, data: st.DataObject) -> None:
     check(server, route, json.dumps({**body, **data.draw(st.dictionaries(names, VALUES, max_size=4))}).encode())
 
 
-@BOUNDED
-@settings(max_examples=150)
+@bounded(150)
 @given(st.sampled_from(list(ROUTES)), st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode()))
 def test_any_bytes(server: Server, route: str, content: bytes) -> None:
     check(server, route, content)
 
 
-@BOUNDED
-@settings(max_examples=150)
+@bounded(150)
 @given(st.sampled_from(list(ROUTES)), st.integers(0, 2**16), st.binary(min_size=1, max_size=4))
 def test_a_good_body_with_a_hole(server: Server, route: str, place: int, junk: bytes) -> None:
     good = json.dumps(ROUTES[route][1]).encode()
