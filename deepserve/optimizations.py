@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from deepserve.architecture import Mla
 from deepserve.config import Config
 from deepserve.errors import AskError, did_you_mean
 from deepserve.facts import Facts
@@ -41,6 +42,10 @@ class Row:
 
 def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
     return None if facts.architecture.quantization else "the checkpoint's weights are not FP8"
+
+
+def _latent_attention(facts: Facts, dtype: str) -> str | None:
+    return None if isinstance(facts.architecture.attention, Mla) else "the model has no latent attention"
 
 
 def _fusion(op: str, sentence: str, *requires: str) -> Row:
@@ -102,6 +107,10 @@ TABLE = (
         needs=_an_fp8_checkpoint,
     ),
     _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
+    replace(
+        _fusion("rms_norm_rope_write_latent", "A token's latent is normalised, rotated and cached in one pass."),
+        needs=_latent_attention,
+    ),
     _fusion("rms_norm_quant_fp8", "A norm and the FP8 quantisation of its result are one pass.", "fp8_linear"),
     _fusion("add_rms_norm_quant_fp8", "Residual addition, norm and FP8 quantisation are one pass.", "fp8_linear"),
     _fusion(
