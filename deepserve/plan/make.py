@@ -11,9 +11,10 @@ from deepserve.errors import AskError
 from deepserve.facts import Facts
 from deepserve.optimizations import Decision, decide
 from deepserve.plan.kernels import choose_kernels
-from deepserve.plan.memory import Load, Wish, longest_that_fits, memory_map
+from deepserve.plan.memory import Load, Wish, fits, fits_well, longest, memory_map
 from deepserve.plan.parameters import count_parameters
 from deepserve.plan.plan import Blocker, Choice, Plan
+from deepserve.plan.sizes import choose_sizes
 from deepserve.sampling_params import SamplingParams
 
 DTYPE_NAMES = {
@@ -27,9 +28,6 @@ DTYPE_NAMES = {
     "fp32": "fp32",
 }
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# (requests, tokens) of a step and tokens of a block, where nothing is asked
-CPU_SIZES = (64, 2048, 16)
-GPU_SIZES = (256, 8192, 64)
 
 
 def make_plan(config: Config, facts: Facts) -> Plan:
@@ -40,7 +38,7 @@ def make_plan(config: Config, facts: Facts) -> Plan:
     kv_dtype = _kv_dtype(config, dtype.value)
     rows = decide(config, facts, dtype.value)
     kernels, kernel_choices = choose_kernels(config, facts, dtype.value, rows)
-    load, wish, size_choices = _sizes(config, facts, dtype.value, kv_dtype.value, rows)
+    load, wish, size_choices = choose_sizes(config, facts, dtype.value, rows, kernels)
     length = _max_model_len(config, architecture, load, wish)
     max_model_len = int(length.value)
     memory, num_blocks = memory_map(load, wish, max_model_len)
@@ -178,51 +176,6 @@ def _parallel(config: Config, facts: Facts) -> list[Choice]:
     return [Choice("tensor_parallel_size", str(size), f"heads, MLPs, experts and vocabulary are divided; {cache}")]
 
 
-def _sizes(
-    config: Config, facts: Facts, dtype: str, kv_dtype: str, rows: dict[str, Decision]
-) -> tuple[Load, Wish, list[Choice]]:
-    """How many requests and tokens a step may hold, and how many tokens a block."""
-    kind = "a CPU" if facts.hardware.kind == "cpu" else "a GPU"
-    default_seqs, default_tokens, default_block = CPU_SIZES if facts.hardware.kind == "cpu" else GPU_SIZES
-    chunked = rows["chunked_prefill"].on
-    seqs = config.max_num_seqs or min(default_seqs, config.max_num_batched_tokens or default_seqs)
-    tokens = config.max_num_batched_tokens or max(default_tokens, seqs)
-    if tokens < seqs:
-        raise AskError(
-            f"is {tokens}, below max_num_seqs {seqs}", field="max_num_batched_tokens", hint=f"{seqs} or more"
-        )
-    if not chunked and config.long_prefill_token_threshold:
-        raise AskError("splits prompts, and chunked prefill is off", field="long_prefill_token_threshold")
-    if not chunked and config.max_num_batched_tokens:
-        limit = config.max_model_len or facts.architecture.max_position_embeddings
-        if tokens < limit:
-            raise AskError(
-                f"is {tokens}; without chunked prefill a step must hold a prompt of {limit} tokens",
-                field="max_num_batched_tokens",
-                hint=f"{limit} or more, or a smaller max_model_len",
-            )
-    load = Load(
-        facts.architecture, facts.hardware, dtype, kv_dtype, config.tensor_parallel_size, rows["fp8_linear"].on,
-        seqs, tokens, whole_prompts=not chunked,
-    )  # fmt: skip
-    block_size = config.block_size or default_block
-    wish = Wish(block_size, config.kv_cache_memory_bytes, config.num_gpu_blocks_override, config.gpu_memory_utilization)
-    choices = [
-        Choice("max_num_seqs", str(seqs), "asked for" if config.max_num_seqs else f"the default of {kind}"),
-        Choice(
-            "max_num_batched_tokens",
-            str(tokens),
-            "asked for"
-            if config.max_num_batched_tokens
-            else f"the default of {kind}"
-            if chunked
-            else "or a whole prompt",
-        ),
-        Choice("block_size", str(block_size), "asked for" if config.block_size else f"the default of {kind}"),
-    ]
-    return load, wish, choices
-
-
 def _max_model_len(config: Config, architecture: Architecture, load: Load, wish: Wish) -> Choice:
     limit = architecture.max_position_embeddings
     if config.max_model_len is not None:
@@ -233,13 +186,13 @@ def _max_model_len(config: Config, architecture: Architecture, load: Load, wish:
                 hint=f"at most {limit}",
             )
         return Choice("max_model_len", str(config.max_model_len), "asked for")
-    longest = longest_that_fits(load, wish, limit)
-    if longest in (0, limit):  # where nothing fits, memory_map says so
+    length = longest(limit, lambda candidate: fits_well(load, wish, candidate))
+    length = length or longest(limit, lambda candidate: fits(load, wish, candidate))
+    if length in (0, limit):  # where nothing fits, memory_map says so
         return Choice("max_model_len", str(limit), "the model's limit")
-    longest -= longest % wish.block_size if longest >= wish.block_size else 0
-    return Choice(
-        "max_model_len", str(longest), "the longest request that fits", {str(limit): "its KV cache does not fit"}
-    )
+    length -= length % wish.block_size if length >= wish.block_size else 0
+    refused = {str(limit): "its cache and workspace do not fit"}
+    return Choice("max_model_len", str(length), "the longest that leaves room for the cache", refused)
 
 
 def _default_sampling(config: Config, facts: Facts) -> tuple[dict[str, Any], Choice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deepserve.architecture import Architecture, Gqa, Mla
@@ -42,13 +43,13 @@ class Load:
 
     architecture: Architecture
     hardware: Hardware
-    dtype: str
-    kv_dtype: str
+    dtype: str  # of weights, activations and cache
     tensor_parallel_size: int
     keep_fp8: bool
     max_num_seqs: int
     max_num_batched_tokens: int
     whole_prompts: bool  # no chunked prefill: a step must hold the longest prompt
+    keeps_scores: bool  # the reference attention: fp32 scores of every head, new token and token of its context
 
     @property
     def weight_bytes(self) -> int:
@@ -58,7 +59,7 @@ class Load:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one rank caches for a token: an MLA latent whole on every rank, K/V heads divided among them."""
-        whole = bytes_per_token(cache_specs(self.architecture, self.kv_dtype))
+        whole = bytes_per_token(cache_specs(self.architecture, self.dtype))
         attention = self.architecture.attention
         if isinstance(attention, Gqa):
             heads = math.ceil(attention.num_kv_heads / self.tensor_parallel_size)
@@ -70,21 +71,24 @@ class Load:
         return max(self.max_num_batched_tokens, max_model_len) if self.whole_prompts else self.max_num_batched_tokens
 
     def workspace_bytes(self, max_model_len: int) -> int:
-        """An estimate of the peak beside weights and cache: the widest layer of a full step, one long request's
-        keys and values with its mask, fp32 logits three times, and the token and block tables of every slot."""
+        """An estimate of the peak beside weights and cache: the widest layer of a full step, one long request's keys,
+        values and mask (with the reference attention its scores), fp32 logits thrice, the slots' tokens and blocks."""
         a, size = self.architecture, DTYPE_BYTES[self.dtype]
         tokens = min(self.batched_tokens(max_model_len), self.max_num_seqs * max_model_len)
-        widest = 3 * a.intermediate_size
-        if a.moe is not None:
-            widest = max(widest, a.moe.top_k * (3 * a.moe.intermediate_size + a.hidden_size))
         heads = a.attention.num_heads / self.tensor_parallel_size
+        widest = 3 * a.intermediate_size / self.tensor_parallel_size
+        if a.moe is not None:
+            expert = 3 * a.moe.intermediate_size / self.tensor_parallel_size + a.hidden_size
+            widest = max(widest, a.moe.top_k * expert)
         if isinstance(a.attention, Mla):
-            widest = max(widest, int(heads * (a.attention.nope_dim + a.attention.rope_dim) * 2))
-            width = a.attention.nope_dim + a.attention.rope_dim + a.attention.v_dim
+            query = a.attention.nope_dim + a.attention.rope_dim
+            widest = max(widest, 2 * heads * query)
+            width = query + a.attention.v_dim
         else:
             width = 2 * a.attention.head_dim
-        layer = tokens * (4 * a.hidden_size + widest / self.tensor_parallel_size) * size
-        context = max_model_len * (heads * width * size + min(tokens, max_model_len))
+        layer = tokens * (4 * a.hidden_size + widest) * size
+        pair = 3 * 4 * heads if self.keeps_scores else 1
+        context = max_model_len * (heads * width * size + min(tokens, max_model_len) * pair)
         logits = 3 * 4 * self.max_num_seqs * a.vocab_size
         slots = 2 * 4 * self.max_num_seqs * max_model_len
         runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES
@@ -131,14 +135,18 @@ def fits(load: Load, wish: Wish, max_model_len: int) -> bool:
     return num_blocks(load, wish, max_model_len) * wish.block_size >= max_model_len
 
 
-def longest_that_fits(load: Load, wish: Wish, limit: int) -> int:
-    """The largest max_model_len up to `limit` of which one request fits; 0 where none does."""
-    if fits(load, wish, limit):
-        return limit
-    low, high = 0, limit  # fits(low) or low is 0; not fits(high)
+def fits_well(load: Load, wish: Wish, max_model_len: int) -> bool:
+    """Whether it fits and the workspace takes no more than half of what the weights leave."""
+    left = budget_bytes(load.hardware, wish.utilization) - load.weight_bytes
+    return fits(load, wish, max_model_len) and load.workspace_bytes(max_model_len) <= left // 2
+
+
+def longest(limit: int, good: Callable[[int], bool]) -> int:
+    """The largest length up to `limit` that is good, where no longer one than a bad one is; 0 where none is."""
+    low, high = 0, limit + 1
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(load, wish, middle) else (low, middle)
+        middle = (low + high) // 2 if high <= limit else limit
+        low, high = (middle, high) if good(middle) else (low, middle)
     return low
 
 
@@ -183,8 +191,13 @@ def remedies(load: Load, wish: Wish, max_model_len: int) -> str:
     """What would fit, with numbers: a shorter context, more devices, FP8 weights, another GPU."""
     free = dataclasses.replace(wish, kv_bytes=None, num_blocks=None)
     found = []
-    if shorter := longest_that_fits(load, free, max_model_len):
+    if shorter := longest(max_model_len, lambda length: fits(load, free, length)):
         found.append(f"max_model_len {shorter}" if shorter < max_model_len else "no size of the cache given")
+    for tokens in (2048, 512, 128):
+        fewer = dataclasses.replace(load, max_num_batched_tokens=tokens)
+        if tokens < load.max_num_batched_tokens and fits(fewer, free, max_model_len):
+            found.append(f"max_num_batched_tokens {tokens}")
+            break
     sharded = (dataclasses.replace(load, tensor_parallel_size=size) for size in (2, 4, 8, 16))
     if load.hardware.kind != "cpu":
         for other in sharded:
