@@ -71,7 +71,9 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         model = build_model(plan.architecture, dtype, device, plan.optimizations["fp8_linear"])
     with phase("weights"):
         load_weights(model, plan.model_path or "", plan.load_format, seed=plan.seed)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     log.info("Loading weights took %.2f seconds", phase.seconds["weights"])
+    log.info("Model loading took %.2f GiB memory", num_bytes / 2**30)
     with phase("kv cache"):
         specs = cache_specs(plan.architecture, plan.kv_dtype)
         caches = allocate(specs, plan.num_blocks, plan.block_size, device)

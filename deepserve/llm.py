@@ -157,6 +157,8 @@ class LLM:
         self, text: str | None, ids: list[int], params: SamplingParams, priority: int, jobs: dict[str, _Answer]
     ) -> RequestOutput:
         """Puts the n sequences of one prompt into the engine's queue; nothing is computed yet."""
+        if max(params.logprobs or 0, params.prompt_logprobs or 0) > self.plan.max_logprobs:
+            raise AskError(f"above max_logprobs {self.plan.max_logprobs}", field="logprobs", hint="raise max_logprobs")
         request_id = str(next(self._numbers))
         bad_words = self.get_tokenizer().encode_bad_words(params.bad_words) if params.bad_words else []
         arrival = time.time()
@@ -219,7 +221,7 @@ class _Answer:
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + entry.logprobs[0]
         if delta.prompt_logprobs is not None and request.prompt_logprobs is None:
             told = delta.prompt_logprobs
-            request.prompt_logprobs = [entry and _readable(entry, self.tokenizer) for entry in told]
+            request.prompt_logprobs = [_readable(entry, self.tokenizer) if entry else None for entry in told]
         if piece.finish_reason is None:
             return False
         output.text = "".join(self.pieces)
@@ -244,7 +246,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt (a text, a dict, or a list of token ids) becomes a list of one."""
     if isinstance(prompts, str | dict) or (prompts and all(isinstance(item, int) for item in prompts)):
         return [prompts]  # type: ignore[list-item]
-    return list(prompts)
+    return list(prompts)  # type: ignore[arg-type]
 
 
 @contextmanager

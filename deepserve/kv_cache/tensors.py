@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from math import prod
+
 import torch
 
 from deepserve.dtypes import TORCH_DTYPES
@@ -35,8 +38,8 @@ def allocate(
             raise AskError(f"no kernel reads a cache of {spec.dtype}", field="kv_cache_dtype", hint=f"one of {known}")
         try:
             shape = cache_shape(spec, num_blocks, block_size)
-            caches.append(torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device=device))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one too
+            caches.append(_zeros(shape, TORCH_DTYPES[spec.dtype], torch.device(device)))
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one too
             if "memory" not in str(error):
                 raise
             num_bytes = sum(one.bytes_per_token for one in specs) * num_blocks * block_size
@@ -46,3 +49,11 @@ def allocate(
                 hint="fewer: --kv-cache-memory-bytes or --num-gpu-blocks-override",
             ) from error
     return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU fresh pages of the kernel, which are zero and take neither time nor memory until written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = prod(shape)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).view(shape)
