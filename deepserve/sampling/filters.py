@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-FIRST_LOOK = 1024  # most probable tokens that top-p looks at before it sorts the whole vocabulary
+LOOKS = (64, 1024)  # so many most probable tokens top-p looks at before it sorts the whole vocabulary
 
 
 def drop_below_min_p(logits: torch.Tensor, log_min_p: torch.Tensor) -> torch.Tensor:
@@ -25,13 +25,22 @@ def keep_top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor
 
     Most rows are settled by their first few; only the others are sorted as a whole. The sums are the same either way.
     """
-    looked = min(FIRST_LOOK, probabilities.shape[1])
-    threshold, count = _nucleus(probabilities.topk(looked, -1).values, top_p)
-    unsettled = (count > looked).nonzero().squeeze(1)
-    if len(unsettled):
-        rows = probabilities[unsettled].sort(dim=-1, descending=True).values
+    threshold, count = _nucleus(_largest(probabilities, LOOKS[0]), top_p)
+    looked = LOOKS[0]
+    for more in (*LOOKS[1:], probabilities.shape[1]):
+        unsettled = (count > looked).nonzero().squeeze(1)
+        if not len(unsettled):
+            break
+        rows, looked = _largest(probabilities[unsettled], more), more
         threshold[unsettled], count[unsettled] = _nucleus(rows, top_p[unsettled])
     return probabilities.masked_fill(~_leading(probabilities, threshold.unsqueeze(1), count), 0.0)
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest of each row (or all of them), in descending order."""
+    if count >= values.shape[1]:
+        return values.sort(dim=-1, descending=True).values
+    return values.topk(count, -1).values
 
 
 def _nucleus(descending: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from deepserve.ops.argmax.spec import argmax
 from deepserve.ops.softmax.spec import softmax
 from deepserve.sampling.columns import SamplingColumns, seed_of, uniforms
 from deepserve.sampling.edits import Edits
-from deepserve.sampling.filters import FIRST_LOOK, keep_top_k, keep_top_p
+from deepserve.sampling.filters import LOOKS, keep_top_k, keep_top_p
 from deepserve.sampling.logprobs import token_logprobs
 from deepserve.sampling.penalties import penalise
 from deepserve.sampling.sampler import Sampler, SamplingRows
@@ -132,7 +132,7 @@ def test_filters_keep_what_the_definition_keeps_at_ties_too(data: st.DataObject)
 
 
 def test_top_p_beyond_the_first_look_is_the_same() -> None:
-    vocab = 3 * FIRST_LOOK
+    vocab = 3 * LOOKS[-1]
     peaked, flat = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)) * torch.tensor([[6.0], [0.1]])
     for logits, top_p in ((peaked, 0.9), (flat, 0.9), (flat, 1 - 1e-12), (torch.zeros(vocab), 0.5)):
         p = keep_top_p(torch.softmax(logits, -1)[None], torch.tensor([top_p], dtype=torch.float64))[0]
