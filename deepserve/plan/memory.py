@@ -152,23 +152,28 @@ def longest(limit: int, good: Callable[[int], bool]) -> int:
 
 def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, int]:
     """The map and its number of blocks. AskError, with what would work, where one request does not fit."""
-    blocks = num_blocks(load, wish, max_model_len)
-    spare = budget_bytes(load.hardware, wish.utilization) - load.weight_bytes - load.workspace_bytes(max_model_len)
+    budget, weights, workspace = budget_bytes(load.hardware, wish.utilization), load.weight_bytes, load.workspace_bytes
+    blocks, name = num_blocks(load, wish, max_model_len), load.hardware.name
+    if weights >= budget:
+        raise AskError(
+            f"its weights take {gib(weights)} of each device, and {name} has {gib(budget)} to use",
+            field="model",
+            hint="for requests of 4,096 tokens " + remedies(load, wish, min(max_model_len, 4096)),
+        )
+    spare = budget - weights - workspace(max_model_len)
     asked = wish.kv_bytes if wish.num_blocks is None else wish.num_blocks * wish.block_size * load.kv_bytes_per_token
     if asked is not None and asked > spare:
-        name = "kv_cache_memory_bytes" if wish.num_blocks is None else "num_gpu_blocks_override"
         raise AskError(
-            f"asks for {gib(asked)} of KV cache, and {gib(max(spare, 0))} are left of {load.hardware.name} after "
-            f"{gib(load.weight_bytes)} of weights and {gib(load.workspace_bytes(max_model_len))} of workspace",
-            field=name,
+            f"asks for {gib(asked)} of KV cache, and {gib(max(spare, 0))} are left of {name} after {gib(weights)} of "
+            f"weights and {gib(workspace(max_model_len))} of workspace",
+            field="kv_cache_memory_bytes" if wish.num_blocks is None else "num_gpu_blocks_override",
             hint=remedies(load, wish, max_model_len),
         )
     if blocks * wish.block_size < max_model_len:
         needed = math.ceil(max_model_len / wish.block_size) * wish.block_size * load.kv_bytes_per_token
         raise AskError(
-            f"one request of {max_model_len:,} tokens needs {gib(needed)} of KV cache beside {gib(load.weight_bytes)} "
-            f"of weights and {gib(load.workspace_bytes(max_model_len))} of workspace on each device, and "
-            f"{load.hardware.name} has {gib(budget_bytes(load.hardware, wish.utilization))} to use",
+            f"one request of {max_model_len:,} tokens needs {gib(needed)} of KV cache beside {gib(weights)} of weights "
+            f"and {gib(workspace(max_model_len))} of workspace on each device, and {name} has {gib(budget)} to use",
             field="max_model_len",
             hint=remedies(load, wish, max_model_len),
         )
@@ -176,9 +181,9 @@ def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, i
     tokens = blocks * wish.block_size
     made = MemoryMap(
         total_bytes=load.hardware.memory_bytes,
-        budget_bytes=budget_bytes(load.hardware, wish.utilization),
-        weight_bytes=load.weight_bytes,
-        workspace_bytes=load.workspace_bytes(max_model_len),
+        budget_bytes=budget,
+        weight_bytes=weights,
+        workspace_bytes=workspace(max_model_len),
         kv_bytes=tokens * per_token,
         kv_bytes_per_token=per_token,
         num_tokens=tokens,
@@ -207,11 +212,10 @@ def remedies(load: Load, wish: Wish, max_model_len: int) -> str:
     smaller = dataclasses.replace(load, keep_fp8=True)
     if load.architecture.quantization and not load.keep_fp8 and fits(smaller, free, max_model_len):
         found.append("--on fp8_linear")
-    for name, gpu in TABLE.items():
-        if gpu.memory_bytes > load.hardware.memory_bytes and fits(
-            dataclasses.replace(load, hardware=gpu), free, max_model_len
-        ):
-            found.append(f"{gpu.name} (--hardware {name}:{load.tensor_parallel_size})")
+    for name, count in ((name, count) for count in (1, 2, 4, 8) for name in TABLE):
+        other = dataclasses.replace(load, hardware=TABLE[name], tensor_parallel_size=count)
+        if TABLE[name].name != load.hardware.name and fits(other, free, max_model_len):
+            found.append(f"--hardware {name}:{count}")
             break
     return "would fit: " + ", or ".join(found) if found else "nothing short of another model or more devices would fit"
 

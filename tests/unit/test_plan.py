@@ -242,3 +242,11 @@ def test_the_memory_adds_up(model, hardware, length, seqs, block_size) -> None:
     assert memory.kv_bytes == made.num_blocks * block_size * memory.kv_bytes_per_token
     assert made.num_blocks * block_size >= length
     assert memory.concurrency == pytest.approx(made.num_blocks / math.ceil(length / block_size))
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
+    error = refusal(hardware="h100", model="deepseek-v2")
+    assert error.field == "model"
+    name, count = error.hint.split("--hardware ")[1].split(":")
+    made = plan("deepseek-v2", f"{name}:{count}", tensor_parallel_size=int(count), max_model_len=4096)
+    assert made.memory.concurrency >= 1
