@@ -17,6 +17,7 @@ _HELP = "/reset forgets the conversation, /stats shows speeds or not, /exit leav
 
 def run(argv: list[str]) -> int:
     """One question (-q) or a conversation."""
+    argv = ["--quick" if word == "-q" else word for word in argv]  # as in vllm chat; among the flags it is another
     config, asked = parse(argv, _parser())
     if (asked.url is None) == (not config.model):
         raise AskError("give a MODEL to start, or the --url of a running server", field="model")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--url", help="of a running server; else MODEL is started with the flags below")
     chat.add_argument("--model-name", help="of the server's models (default: its first)")
     chat.add_argument("--system-prompt", metavar="TEXT")
-    chat.add_argument("-q", "--quick", metavar="TEXT", help="ask this alone and leave")
+    chat.add_argument("--quick", metavar="TEXT", help="(-q) ask this alone and leave")
     chat.add_argument("--stats", action="store_true", help="time to the first token and tokens/s of each answer")
     chat.add_argument("--max-tokens", type=int, metavar="N")
     chat.add_argument("--temperature", type=float, metavar="X")
