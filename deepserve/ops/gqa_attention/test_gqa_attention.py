@@ -20,8 +20,9 @@ def test_the_cases_reach_every_path():
 def test_groups_hold_every_request_once_and_pad_it_at_most_twofold():
     contexts = [1, 500, 3, 64, 65, 64, 2, 130, 131, 7]
     batch, _ = make_batch([1] * 10, contexts, 16, torch.Generator().manual_seed(1))
-    seen = []
+    seen: list[int] = []
     for group in decode_groups(batch, None, 8, torch.float32):
+        assert group.requests is not None
         padded = len(group.slots) // len(group.requests)
         visible = (group.mask == 0).sum(-1).flatten().tolist()
         assert visible == [contexts[request] for request in group.requests]
