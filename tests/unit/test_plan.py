@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused_by_name(asked, field, said) -> None:
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     asked = {"model": "deepseek-v3", "hardware": "mi300x:8", "max_model_len": 4096}
     error = refusal(**asked, tensor_parallel_size=4)
-    assert error.field == "max_model_len"
+    assert error.field == "model"
     assert "tensor_parallel_size 8" in error.hint
     plan(**asked, tensor_parallel_size=8)  # the hint holds
     error = refusal(**{**asked, "max_model_len": 16384}, tensor_parallel_size=8, max_num_batched_tokens=65536)
