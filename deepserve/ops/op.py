@@ -43,6 +43,30 @@ def integers(generator: torch.Generator, high: int, shape: Sequence[int], device
     return torch.randint(high, tuple(shape), generator=generator).to(device)
 
 
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """An argument of a case: int64 of this shape in [0, high)."""
+
+    high: int
+    shape: tuple[int, ...]
+
+
+def case(*arguments: Any, bench: bool = False) -> Case:
+    """The case of these arguments: a tuple is the shape of a standard normal tensor, Ids are drawn, the rest stays."""
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        def one(argument: Any) -> Any:
+            if isinstance(argument, Ids):
+                return integers(generator, argument.high, argument.shape, device)
+            return normal(generator, argument, dtype, device) if isinstance(argument, tuple) else argument
+
+        return tuple(map(one, arguments))
+
+    shapes = (getattr(argument, "shape", argument) for argument in arguments)
+    names = ("x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape) for shape in shapes)
+    return Case("-".join(names).replace("torch.", ""), make, bench)
+
+
 def nbytes(*tensors: torch.Tensor) -> int:
     """Bytes of all elements of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

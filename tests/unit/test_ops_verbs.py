@@ -74,7 +74,7 @@ def test_bench_prints_no_speed_of_a_wrong_kernel(monkeypatch, capsys, tmp_path):
     assert bench.run(["silu_mul", "--append", str(file)]) == 1
     out, err = capsys.readouterr()
     assert timed == ["reference"]
-    assert "silu_mul, cpu, T4096-I18432" in err and "3 of 4 elements differ" in err
+    assert "silu_mul, cpu, 4096x36864" in err and "3 of 4 elements differ" in err
     assert "cpu" not in [line.split()[1] for line in out.splitlines()[2:]]
     (line,) = map(json.loads, file.read_text().splitlines())
     assert line["command"] == f"deepserve bench ops silu_mul --append {file}"

@@ -5,21 +5,8 @@ from __future__ import annotations
 import torch
 
 from deepserve.ops.add.spec import add
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
+from deepserve.ops.op import Cost, case, nbytes, op
 from deepserve.ops.rms_norm.spec import TOLERANCE, rms_norm
-
-
-def _case(num_tokens: int, hidden: int, bench: bool = False) -> Case:
-    return Case(
-        f"T{num_tokens}-H{hidden}",
-        lambda generator, dtype, device: (
-            normal(generator, (num_tokens, hidden), dtype, device),
-            normal(generator, (num_tokens, hidden), dtype, device),
-            normal(generator, (hidden,), dtype, device),
-            1e-6,
-        ),
-        bench,
-    )
 
 
 def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
@@ -28,7 +15,12 @@ def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: fl
 
 @op(
     fused=True,
-    cases=(_case(1, 64), _case(5, 100), _case(3, 7168), _case(4096, 7168, True)),
+    cases=(
+        case((1, 64), (1, 64), (64,), 1e-6),
+        case((5, 100), (5, 100), (100,), 1e-6),
+        case((3, 7168), (3, 7168), (7168,), 1e-6),
+        case((4096, 7168), (4096, 7168), (7168,), 1e-6, bench=True),
+    ),
     tolerance=TOLERANCE,
     cost=_cost,
 )

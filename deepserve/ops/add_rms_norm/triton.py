@@ -53,20 +53,9 @@ def add_rms_norm(
     normed, total = out or (torch.empty((num_rows, size), dtype=x.dtype, device=x.device) for _ in range(2))
     rows, block, warps = row_tile(size)
     _add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-        x,
-        residual,
-        weight,
-        normed,
-        total,
-        eps,
-        num_rows,
-        x.stride(0),
-        residual.stride(0),
-        size,
-        rows,
-        block,
+        x, residual, weight, normed, total, eps, num_rows, x.stride(0), residual.stride(0), size, rows, block,
         num_warps=warps,
-    )
+    )  # fmt: skip
     return normed, total
 
 

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from deepserve.ops.add_rms_norm.spec import add_rms_norm
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
+from deepserve.ops.op import Cost, case, nbytes, op
 from deepserve.ops.quant_fp8.spec import FP8, quant_fp8
 from deepserve.ops.quant_fp8.spec import TOLERANCE as QUANT_TOLERANCE
 
 
-def _case(num_tokens: int, hidden: int, power_of_two: bool, dtype8: torch.dtype = FP8[0], bench: bool = False) -> Case:
-    form = ("e4m3fn" if dtype8 == FP8[0] else "e4m3fnuz") + "-ue8m0" * power_of_two
-    return Case(
-        f"T{num_tokens}-H{hidden}-{form}",
-        lambda generator, dtype, device: (
-            normal(generator, (num_tokens, hidden), dtype, device),
-            normal(generator, (num_tokens, hidden), dtype, device),
-            normal(generator, (hidden,), dtype, device),
-            1e-6,
-            128,
-            power_of_two,
-            dtype8,
-        ),
-        bench,
-    )
-
-
-def _cost(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    group: int,
-    power_of_two: bool,
-    dtype: torch.dtype,
-) -> Cost:
+def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: int, *_: Any) -> Cost:
     return Cost(3 * nbytes(x) + nbytes(weight) + x.numel() + 4 * x.numel() // group, 8 * x.numel())
 
 
 @op(
     fused=True,
     cases=(
-        _case(1, 128, False),
-        _case(3, 1536, True),
-        _case(2, 512, False, FP8[1]),
-        _case(4096, 7168, False, bench=True),
+        case((1, 128), (1, 128), (128,), 1e-6, 128, False, FP8[0]),
+        case((3, 1536), (3, 1536), (1536,), 1e-6, 128, True, FP8[0]),
+        case((2, 512), (2, 512), (512,), 1e-6, 128, False, FP8[1]),
+        case((4096, 7168), (4096, 7168), (7168,), 1e-6, 128, False, FP8[0], bench=True),
     ),
     tolerance=QUANT_TOLERANCE,
     cost=_cost,

@@ -65,23 +65,9 @@ def add_rms_norm_quant_fp8(
     x8, scales = empty_fp8(num_rows, size, group, dtype, x.device) if out is None else out[:2]
     groups = next_power_of_two(scales.shape[1])
     _add_rms_norm_quant_fp8_kernel[(num_rows,)](
-        x,
-        residual,
-        weight,
-        x8,
-        scales,
-        total,
-        eps,
-        x.stride(0),
-        residual.stride(0),
-        torch.finfo(dtype).max,
-        FLOOR,
-        power_of_two,
-        size,
-        group,
-        groups,
-        num_warps=num_warps(groups * group),
-    )
+        x, residual, weight, x8, scales, total, eps, x.stride(0), residual.stride(0), torch.finfo(dtype).max, FLOOR,
+        power_of_two, size, group, groups, num_warps=num_warps(groups * group),
+    )  # fmt: skip
     return x8, scales, total
 
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deepserve.ops.op import Case, Cost, integers, nbytes, normal, op
-
-
-def _case(num_rows: int, vocab_size: int, bench: bool = False) -> Case:
-    return Case(
-        f"S{num_rows}-V{vocab_size}",
-        lambda generator, dtype, device: (normal(generator, (num_rows, vocab_size), dtype, device),),
-        bench,
-    )
+from deepserve.ops.op import Case, Cost, case, integers, nbytes, op
 
 
 def _ties(num_rows: int, vocab_size: int) -> Case:
@@ -26,7 +18,11 @@ def _cost(logits: torch.Tensor) -> Cost:
     return Cost(nbytes(logits) + 8 * len(logits), logits.numel())
 
 
-@op(cases=(_case(1, 64), _case(3, 5000), _ties(4, 9001), _case(256, 129280, True)), dtypes=(torch.float32,), cost=_cost)
+@op(
+    cases=(case((1, 64)), case((3, 5000)), _ties(4, 9001), case((256, 129280), bench=True)),
+    dtypes=(torch.float32,),
+    cost=_cost,
+)
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """logits [S, V] fp32, no NaN -> [S] int64: the index of each row's largest value, the lowest one among equals."""
     return logits.argmax(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
+from deepserve.ops.op import Cost, case, nbytes, op
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 FLOOR = 1e-4  # the least amax, as in DeepSeek's kernels: a group of zeros has a scale too
@@ -21,32 +21,18 @@ TOLERANCE = {
 }
 
 
-def _case(num_tokens: int, hidden: int, power_of_two: bool, dtype8: torch.dtype = FP8[0], bench: bool = False) -> Case:
-    form = ("e4m3fn" if dtype8 == FP8[0] else "e4m3fnuz") + "-ue8m0" * power_of_two
-    return Case(
-        f"T{num_tokens}-H{hidden}-{form}",
-        lambda generator, dtype, device: (
-            normal(generator, (num_tokens, hidden), dtype, device),
-            128,
-            power_of_two,
-            dtype8,
-        ),
-        bench,
-    )
-
-
 def _cost(x: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dtype) -> Cost:
     return Cost(nbytes(x) + x.numel() + 4 * x.numel() // group, 3 * x.numel())
 
 
 @op(
     cases=(
-        _case(1, 128, False),
-        _case(3, 200, False),
-        _case(5, 1024, True),
-        _case(2, 512, False, FP8[1]),
-        _case(2, 512, True, FP8[1]),
-        _case(4096, 7168, False, bench=True),
+        case((1, 128), 128, False, FP8[0]),
+        case((3, 200), 128, False, FP8[0]),
+        case((5, 1024), 128, True, FP8[0]),
+        case((2, 512), 128, False, FP8[1]),
+        case((2, 512), 128, True, FP8[1]),
+        case((4096, 7168), 128, False, FP8[0], bench=True),
     ),
     cost=_cost,
 )

@@ -79,19 +79,9 @@ def quant_fp8(
     x8, scales = out or empty_fp8(num_rows, size, group, dtype, x.device)
     largest = torch.finfo(dtype).max
     _quant_fp8_kernel[(triton.cdiv(scales.numel(), GROUPS),)](
-        x,
-        x8,
-        scales,
-        scales.numel(),
-        x.stride(0),
-        largest,
-        FLOOR,
-        power_of_two,
-        size,
-        group,
-        GROUPS,
+        x, x8, scales, scales.numel(), x.stride(0), largest, FLOOR, power_of_two, size, group, GROUPS,
         num_warps=num_warps(GROUPS * group),
-    )
+    )  # fmt: skip
     return x8, scales
 
 

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
+from deepserve.ops.op import Case, Cost, case, nbytes, normal, op
 
 # One rounding of the normalised value and one of the product: up to two units in the last place of each dtype.
 TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-5), torch.bfloat16: (1.6e-2, 1e-5)}
-
-
-def _case(shape: tuple[int, ...], bench: bool = False) -> Case:
-    return Case(
-        "x".join(map(str, shape)),
-        lambda generator, dtype, device: (
-            normal(generator, shape, dtype, device),
-            normal(generator, shape[-1:], dtype, device),
-            1e-6,
-        ),
-        bench,
-    )
 
 
 def _slice() -> Case:
@@ -39,7 +27,14 @@ def _cost(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Cost:
 
 
 @op(
-    cases=(_case((1, 64)), _case((7, 100)), _case((3, 7168)), _case((4, 3, 128)), _slice(), _case((4096, 7168), True)),
+    cases=(
+        case((1, 64), (64,), 1e-6),
+        case((7, 100), (100,), 1e-6),
+        case((3, 7168), (7168,), 1e-6),
+        case((4, 3, 128), (128,), 1e-6),
+        _slice(),
+        case((4096, 7168), (7168,), 1e-6, bench=True),
+    ),
     tolerance=TOLERANCE,
     cost=_cost,
 )

@@ -43,19 +43,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     num_rows, inner = rows_of.shape[0] * rows_of.shape[1], rows_of.shape[1]
     rows, block, warps = row_tile(size)
     _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-        rows_of,
-        weight,
-        out,
-        eps,
-        num_rows,
-        rows_of.stride(0),
-        rows_of.stride(1),
-        inner,
-        size,
-        rows,
-        block,
+        rows_of, weight, out, eps, num_rows, rows_of.stride(0), rows_of.stride(1), inner, size, rows, block,
         num_warps=warps,
-    )
+    )  # fmt: skip
     return out
 
 

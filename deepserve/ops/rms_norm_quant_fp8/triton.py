@@ -56,20 +56,9 @@ def rms_norm_quant_fp8(
     x8, scales = out or empty_fp8(num_rows, size, group, dtype, x.device)
     groups = next_power_of_two(scales.shape[1])
     _rms_norm_quant_fp8_kernel[(num_rows,)](
-        x,
-        weight,
-        x8,
-        scales,
-        eps,
-        x.stride(0),
-        torch.finfo(dtype).max,
-        FLOOR,
-        power_of_two,
-        size,
-        group,
-        groups,
+        x, weight, x8, scales, eps, x.stride(0), torch.finfo(dtype).max, FLOOR, power_of_two, size, group, groups,
         num_warps=num_warps(groups * group),
-    )
+    )  # fmt: skip
     return x8, scales
 
 

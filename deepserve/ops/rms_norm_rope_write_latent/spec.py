@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from deepserve.ops.op import Case, Cost, integers, nbytes, normal, op
@@ -40,10 +42,9 @@ def _cost(
     k_rope: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    interleaved: bool,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    *rest: Any,
 ) -> Cost:
+    _, cache, slot_mapping = rest
     angles = len(positions) * (8 + 4 * cos_sin.shape[1])
     written = (latent.numel() + k_rope.numel()) * cache.element_size()
     read = nbytes(latent, weight, k_rope, slot_mapping) + angles

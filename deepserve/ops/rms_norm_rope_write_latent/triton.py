@@ -69,23 +69,9 @@ def rms_norm_rope_write_latent(
     num_tokens, rank = latent.shape
     dim, block = k_rope.shape[2], next_power_of_two(rank)
     _rms_norm_rope_write_latent_kernel[(num_tokens,)](
-        latent,
-        weight,
-        eps,
-        k_rope,
-        positions,
-        cos_sin,
-        cache,
-        slot_mapping,
-        latent.stride(0),
-        k_rope.stride(0),
-        interleaved,
-        rank,
-        dim,
-        block,
-        next_power_of_two(dim // 2),
-        num_warps=num_warps(block),
-    )
+        latent, weight, eps, k_rope, positions, cos_sin, cache, slot_mapping, latent.stride(0), k_rope.stride(0),
+        interleaved, rank, dim, block, next_power_of_two(dim // 2), num_warps=num_warps(block),
+    )  # fmt: skip
     return cache
 
 

@@ -57,19 +57,9 @@ def rope(
     half = next_power_of_two(dim // 2)
     heads = min(next_power_of_two(num_heads), max(SMALLEST_TILE // (2 * half), 1))
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-        x,
-        positions,
-        cos_sin,
-        out,
-        num_heads,
-        x.stride(0),
-        x.stride(1),
-        dim,
-        interleaved,
-        heads,
-        half,
+        x, positions, cos_sin, out, num_heads, x.stride(0), x.stride(1), dim, interleaved, heads, half,
         num_warps=num_warps(heads * 2 * half),
-    )
+    )  # fmt: skip
     return out
 
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
-
-
-def _case(num_tokens: int, size: int, bench: bool = False) -> Case:
-    return Case(
-        f"T{num_tokens}-I{size}",
-        lambda generator, dtype, device: (normal(generator, (num_tokens, 2 * size), dtype, device),),
-        bench,
-    )
+from deepserve.ops.op import Cost, case, nbytes, op
 
 
 def _cost(gate_up: torch.Tensor) -> Cost:
@@ -21,7 +13,7 @@ def _cost(gate_up: torch.Tensor) -> Cost:
 
 
 @op(
-    cases=(_case(1, 32), _case(5, 100), _case(3, 2048), _case(4096, 18432, True)),
+    cases=(case((1, 64)), case((5, 200)), case((3, 4096)), case((4096, 36864), bench=True)),
     tolerance={torch.float32: (1e-5, 1e-6), torch.float16: (1e-3, 1e-6), torch.bfloat16: (8e-3, 1e-6)},
     cost=_cost,
 )

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from deepserve.ops.op import Case, Cost, nbytes, normal, op
+from deepserve.ops.op import Cost, case, nbytes, op
 from deepserve.ops.quant_fp8.spec import FP8, TOLERANCE, quant_fp8
 from deepserve.ops.silu_mul.spec import silu_mul
-
-
-def _case(num_tokens: int, size: int, power_of_two: bool, dtype8: torch.dtype = FP8[0], bench: bool = False) -> Case:
-    form = ("e4m3fn" if dtype8 == FP8[0] else "e4m3fnuz") + "-ue8m0" * power_of_two
-    return Case(
-        f"T{num_tokens}-I{size}-{form}",
-        lambda generator, dtype, device: (
-            normal(generator, (num_tokens, 2 * size), dtype, device),
-            128,
-            power_of_two,
-            dtype8,
-        ),
-        bench,
-    )
 
 
 def _cost(gate_up: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dtype) -> Cost:
@@ -31,10 +17,10 @@ def _cost(gate_up: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dt
 @op(
     fused=True,
     cases=(
-        _case(1, 128, False),
-        _case(3, 200, True),
-        _case(2, 512, False, FP8[1]),
-        _case(4096, 18432, False, bench=True),
+        case((1, 256), 128, False, FP8[0]),
+        case((3, 400), 128, True, FP8[0]),
+        case((2, 1024), 128, False, FP8[1]),
+        case((4096, 36864), 128, False, FP8[0], bench=True),
     ),
     tolerance=TOLERANCE,
     cost=_cost,

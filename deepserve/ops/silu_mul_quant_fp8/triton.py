@@ -51,19 +51,9 @@ def silu_mul_quant_fp8(
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     x8, scales = out or empty_fp8(num_rows, size, group, dtype, gate_up.device)
     _silu_mul_quant_fp8_kernel[(triton.cdiv(scales.numel(), GROUPS),)](
-        gate_up,
-        x8,
-        scales,
-        scales.numel(),
-        gate_up.stride(0),
-        torch.finfo(dtype).max,
-        FLOOR,
-        power_of_two,
-        size,
-        group,
-        GROUPS,
-        num_warps=num_warps(GROUPS * group),
-    )
+        gate_up, x8, scales, scales.numel(), gate_up.stride(0), torch.finfo(dtype).max, FLOOR, power_of_two, size,
+        group, GROUPS, num_warps=num_warps(GROUPS * group),
+    )  # fmt: skip
     return x8, scales
 
 

@@ -45,21 +45,9 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping
     block = next_power_of_two(dim)
     heads = min(next_power_of_two(num_heads), max(SMALLEST_TILE // block, 1))
     _write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-        k,
-        v,
-        cache,
-        slot_mapping,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        cache.shape[2],
-        num_heads,
-        dim,
-        heads,
-        block,
-        num_warps=num_warps(heads * block),
-    )
+        k, v, cache, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.shape[2], num_heads, dim,
+        heads, block, num_warps=num_warps(heads * block),
+    )  # fmt: skip
     return cache
 
 
