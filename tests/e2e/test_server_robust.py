@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    limits = ("--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+    limits = ("--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--stream-interval", "3")
     with serving(model, tmp_path_factory.mktemp("log"), *DUMMY, *limits, api_key=KEY) as server:
         yield server
 
@@ -134,6 +134,15 @@ def test_codes_that_programs_look_at(server: Server) -> None:
     reply = server.http.post("/v1/completions", json={"prompt": [7]}, headers={"X-Request-Id": "mine-1"})
     assert reply.headers["x-request-id"] == "mine-1" and "mine-1" not in reply.json()["id"]
     assert server.http.get("/version", headers={"X-Request-Id": "a" * 200}).status_code == 400
+
+
+def test_tokens_are_gathered_after_the_first(server: Server) -> None:
+    body = {**LONG, "max_tokens": 12, "stream": True, "return_token_ids": True, "temperature": 0}
+    lines = [line for line in server.http.post("/v1/completions", json=body).text.split("\n\n") if line][:-1]
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert [len(choice["token_ids"]) for choice in choices] == [1, 3, 3, 3, 2]
+    whole = server.http.post("/v1/completions", json={**body, "stream": False}).json()["choices"][0]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
 
 
 def test_headers_without_end_are_cut_off(server: Server) -> None:
