@@ -68,8 +68,8 @@ def _flags() -> str:
     text = (
         "# Flags\n\nEvery flag is a field of `Config` (`LLM(model, max_model_len=4096)` takes the same names).\n"
         "Dashes and underscores are alike, and a switch `--enable-x` has `--disable-x`, `--no-enable-x`, `--x` and\n"
-        "`--no-x`; `8k` is 8,000 and `8K` is 8,192; `--config FILE` reads YAML, TOML or JSON whose keys are these names, and\n"
-        "`--print-config` prints such a file. No environment variable is read.\n\n"
+        "`--no-x`; `8k` is 8,000 and `8K` is 8,192; `--config FILE` reads YAML, TOML or JSON whose keys are these\n"
+        "names, and `--print-config` prints such a file. No environment variable is read.\n\n"
     )
     default = dataclasses.asdict(Config())
     for group, meaning in GROUPS.items():
