@@ -93,3 +93,28 @@ class ControlDone:
     ticket: int
     ok: bool
     message: str = ""
+
+
+@dataclass(slots=True)
+class Phase:
+    """A phase of an engine's start is over, and took so many seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Ready:
+    """The engine takes requests from now on."""
+
+    stats: EngineStats
+
+
+@dataclass(slots=True)
+class EngineFailed:
+    """The last word of an engine that cannot start or go on. `asked`: the reason is an AskError, with field and hint."""
+
+    reason: str
+    asked: bool = False
+    field: str | None = None
+    hint: str | None = None
