@@ -75,10 +75,10 @@ class LLM:
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         tokenizer = self.get_tokenizer()
         variables = {**({"tools": tools} if tools else {}), **(chat_template_kwargs or {})}
-        texts: list[Prompt] = [
-            tokenizer.render_chat(one, add_generation_prompt, continue_final_message, **variables)
-            for one in conversations
-        ]
+        texts: list[Prompt] = []
+        for index, one in enumerate(conversations):
+            with _naming(index):
+                texts.append(tokenizer.render_chat(one, add_generation_prompt, continue_final_message, **variables))
         return self._run(texts, [False] * len(texts), sampling_params, None, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:

@@ -141,6 +141,8 @@ class Tokenizer:
 
         `variables` (tools, thinking ...) are passed to the template. AskError where there is no template or it refuses.
         """
+        if not messages or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+            raise AskError("are a list of at least one message, each with a role", field="messages")
         name = "tool_use" if variables.get("tools") and "tool_use" in self.templates else "default"
         if name not in self.templates:
             hint = "send a prompt instead of messages, or add chat_template.jinja to the tokenizer's directory"

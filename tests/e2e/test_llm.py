@@ -221,6 +221,21 @@ def test_defaults_of_the_checkpoint_are_used(checkpoint, tmp_path: Path) -> None
     assert len(first[0].outputs[0].token_ids) == 16 and second[0].finished
 
 
+def test_a_bad_conversation_is_named(llm: LLM) -> None:
+    fine = [{"role": "user", "content": "hi"}]
+    with pytest.raises(AskError, match=r"prompts\[1\].messages"):
+        llm.chat([fine, [{"content": 5}, 7]], use_tqdm=False)
+
+
+def test_the_bar_counts_prompts_and_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    llm.generate(PROMPTS[:2], SamplingParams(n=2, max_tokens=3, ignore_eos=True))
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "in: " in shown and "out: " in shown and "cached: " in shown
+    llm.generate(PROMPTS[:1], _greedy(), use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_bad_words_never_appear(llm: LLM) -> None:
     (free,) = llm.generate([PROMPTS[3]], _greedy(max_tokens=30), use_tqdm=False)
     word = next(w for t in free.outputs[0].token_ids if "�" not in (w := llm.tokenizer.decode([t])) and w.strip())

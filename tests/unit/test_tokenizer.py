@@ -141,6 +141,12 @@ def test_a_template_that_refuses_is_an_ask_error(folder: Path, template: str, pr
         Tokenizer.from_directory(folder).render_chat(MESSAGES)
 
 
+@pytest.mark.parametrize("messages", [[], [7], [{"content": "x"}], [{"role": 1}]])
+def test_messages_have_roles(folder: Path, messages: list) -> None:
+    with pytest.raises(AskError, match="each with a role"):
+        Tokenizer.from_directory(folder).render_chat(messages)
+
+
 def test_without_a_template_messages_are_refused(folder: Path) -> None:
     with pytest.raises(AskError, match="no chat template"):
         _settings(folder, chat_template=None).render_chat(MESSAGES)
