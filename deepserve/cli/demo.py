@@ -17,6 +17,7 @@ from pathlib import Path
 
 MODEL = Path(__file__).resolve().parent.parent / "demo"
 QUESTION = "Write a short story about a lighthouse."
+QUIET = ["--disable-log-stats", "--disable-uvicorn-access-log"]  # lines that would break into the answer
 
 
 class DemoFailed(Exception):
@@ -27,7 +28,7 @@ def run(argv: list[str]) -> int:
     """Run the demo and return the exit status: 0 only if an answer was streamed and the server stopped cleanly."""
     args = _parser().parse_args(argv)
     port = args.port or _free_port()
-    command = [sys.executable, "-m", "deepserve.cli.main", "serve", str(args.model), "--port", str(port)]
+    command = [sys.executable, "-m", "deepserve.cli.main", "serve", str(args.model), "--port", str(port), *QUIET]
     print("$", " ".join(["deepserve", *command[3:]]), flush=True)
     server = subprocess.Popen(command)
     try:
