@@ -18,7 +18,7 @@ class SamplingParams:
     """How the tokens of one request are chosen. Lengths are in tokens; probabilities and penalties are plain numbers.
 
     temperature 0 means greedy. `seed` None draws one seed for the request; a request with a seed gives the same tokens
-    alone and in any batch. `logprobs` asks for that many top log-probabilities (of the unmodified distribution) a token,
+    alone and in any batch. `logprobs` asks for that many top log-probabilities a token (of the raw distribution),
     `prompt_logprobs` likewise for the prompt. `bad_words` are texts whose token sequences never appear (`bad_words_ids`
     is filled by whoever owns the tokenizer).
     """

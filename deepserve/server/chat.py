@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from deepserve.errors import AskError
 from deepserve.server.protocol import ChatBody, TokenizeBody
 from deepserve.tokenizer.encode import Tokenizer
@@ -20,4 +22,15 @@ def render(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> str:
     arguments = body.chat_template_kwargs or {}
     if taken := sorted(_RESERVED & set(arguments)):
         raise AskError("is set by a field of its own", field=f"chat_template_kwargs.{taken[0]}")
+    _check_arguments(tokenizer, arguments)
     return tokenizer.render_chat(messages, generation, continued, **arguments)
+
+
+def _check_arguments(tokenizer: Tokenizer, arguments: dict[str, Any]) -> None:
+    """Refuses an argument that the checkpoint's template does not read: it would be dropped in silence."""
+    read = {name for template in tokenizer.templates.values() for name in template.variables} - _RESERVED
+    for name in arguments:
+        if name not in read:
+            shown = name if len(name) <= 60 else name[:60] + "..."
+            hint = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
+            raise AskError("the chat template does not read it", field=f"chat_template_kwargs.{shown}", hint=hint)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import uvicorn
+import uvloop
 
 from deepserve import __version__
 from deepserve.config import Config
@@ -29,7 +30,9 @@ GRACE_S = 5.0  # for the errors of aborted requests to reach their clients
 
 def serve(config: Config, plan: Plan, listener: socket.socket) -> int:
     """Serve on a bound socket until a signal; the exit status. AskError where the model cannot be loaded."""
-    return asyncio.run(_Life(Service(config, plan), listener).live())
+    service = Service(config, plan)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Life(service, listener).live())
 
 
 class _HttpServer(uvicorn.Server):

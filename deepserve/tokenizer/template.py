@@ -39,6 +39,16 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise AskError(f"the checkpoint's chat template is broken: {error}", field="tokenizer") from None
 
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set itself: whatever else it is given changes nothing."""
+        from jinja2 import TemplateError, meta
+
+        try:
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self.text)))
+        except TemplateError as error:
+            raise AskError(f"the checkpoint's chat template is broken: {error}", field="tokenizer") from None
+
     def render(self, messages: list[dict[str, Any]], continue_final_message: bool, variables: dict[str, Any]) -> str:
         """The conversation as text; with `continue_final_message` it ends where the last message's content ends."""
         import jinja2

@@ -195,6 +195,16 @@ def test_continuing_the_last_message(server: Server) -> None:
     assert echoed["choices"][0]["message"]["content"] == "the lazy" + plain
 
 
+def test_template_arguments_are_read_or_refused(server: Server) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": {"thinking": True}}
+    error = server.http.post("/v1/chat/completions", json=asked).json()["error"]
+    assert error["param"] == "chat_template_kwargs.thinking" and "bos_token" in error["hint"]
+    asked["chat_template_kwargs"] = {"bos_token": "the quick"}
+    longer = server.http.post("/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"]
+    plain = server.http.post("/tokenize", json={"messages": MESSAGES}).json()["count"]
+    assert longer > plain
+
+
 def test_cached_tokens_are_told(server: Server) -> None:
     asked = {"prompt": list(range(50, 114)), "max_tokens": 1}
     server.http.post("/v1/completions", json=asked)

@@ -39,6 +39,7 @@ ONLY_IN = {
     "jinja2": ("tokenizer",),
     "starlette": ("server",),
     "uvicorn": ("server",),
+    "uvloop": ("server",),
     "prometheus_client": ("server",),
     "msgspec": ("server", "engine.transport", "engine.processes"),
     "zmq": ("server", "engine.transport", "engine.processes"),
