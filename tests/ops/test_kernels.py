@@ -155,7 +155,7 @@ def test_the_check_sees_a_wrong_kernel(monkeypatch):
             "deepserve.ops.check.load_kernel",
             lambda op, name, function=function: type("K", (), {"function": staticmethod(function), "pack": None}),
         )
-        assert sentence in (check("rms_norm", "triton", case, torch.float32, "cpu", 1) or "")
+        assert sentence in (check("rms_norm", "triton", case, torch.float32, DEVICE, 1) or "")
 
 
 def test_poison_fills_what_is_not_initialised():

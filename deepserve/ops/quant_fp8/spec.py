@@ -45,7 +45,8 @@ def quant_fp8(x: torch.Tensor, group: int, power_of_two: bool, dtype: torch.dtyp
     num_tokens, hidden = x.shape
     largest = torch.finfo(dtype).max
     grouped = F.pad(x.float(), (0, -hidden % group)).view(num_tokens, -1, group)
-    scales = grouped.abs().amax(-1).clamp_min(FLOOR) / largest
+    # A tensor, not a number: dividing by a number, CUDA multiplies with its rounded reciprocal.
+    scales = grouped.abs().amax(-1).clamp_min(FLOOR) / grouped.new_full((), largest)
     if power_of_two:
         bits = scales.view(torch.int32)  # the exponent, plus one where the mantissa is not 0
         scales = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
