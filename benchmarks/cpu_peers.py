@@ -200,14 +200,11 @@ def _time_cell(worker: Worker, cell: dict, vocab: int, repeat: int) -> tuple[flo
 
 
 def _agreement(tokens: dict, name: str, cell: str) -> dict:
-    """How many tokens of the first round equal the reference engine's, up to the first that differs."""
+    """Of how many requests of the first round the first token equals the reference engine's (later ones follow it)."""
     mine, theirs = tokens.get((name, cell)), tokens.get((REFERENCE, cell))
     if not mine or not theirs or name == REFERENCE:
         return {}
-    equal = 0
-    for one, other in zip(mine, theirs, strict=True):
-        equal += next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-    return {"agrees": f"{equal}/{sum(map(len, mine))}"}
+    return {"agrees": f"{sum(one[0] == other[0] for one, other in zip(mine, theirs, strict=True))}/{len(mine)}"}
 
 
 def _stamp(args: argparse.Namespace) -> dict:
