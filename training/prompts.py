@@ -53,12 +53,14 @@ winter|help a sad friend|say sorry|choose a gift|find a job|write a story|learn 
 potatoes|wash a wool sweater|paint a wall|read a map|build a birdhouse|train a puppy|be a good neighbor|eat less
 sugar|drink more water|start a garden|organize my desk|prepare for a storm|treat a small cut|make soup|stay calm|be
 polite|learn the guitar|tie a knot|sharpen a knife|remove a stain|teach a child to read|learn chess""".replace(
-    "\n", " ").split("|")
+    "\n", " "
+).split("|")
 TOPICS = """the weather|a lost dog|dinner|a birthday party|school|a new job|a trip to the sea|their favorite
 books|gardening|a broken window|music|a football game|the moon|money|cooking|an old friend|winter|a train
 journey|homework|pets|the news|a holiday|health|a long walk|a new house|a dream|their families|the future|a good
 film|a mistake|shopping|fishing|the stars|a storm|sleep|breakfast|art|bicycles|a secret|kindness""".replace(
-    "\n", " ").split("|")
+    "\n", " "
+).split("|")
 WHY = """is the sky blue|do birds sing|do leaves fall in autumn|does ice float|do we sleep|do cats purr|is the sea
 salty|do we need water|does the moon change shape|do people cry|do dogs bark|do bees make honey|is exercise good for
 us|do plants need light|do we have seasons|does bread rise|do stars shine|does metal rust|do we dream|is honesty
@@ -76,7 +78,8 @@ battery|a magnet|sound|light|heat|energy|an atom|evaporation|a cell|the brain|th
 food chain|migration|evolution|a fossil|a dinosaur|the sun|the moon|a planet|a comet|a telescope|a microscope|a
 thermometer|a bridge|a dam|a lighthouse|printing|writing|money|trade|friendship|honesty|courage|kindness|patience
 |history|art|music|poetry|a symphony|a fraction|zero|a triangle|probability|an algorithm|a robot|a program""".replace(
-    "\n", "").split("|")
+    "\n", ""
+).split("|")
 FACTS = """the capital of {country}|the color of {thing}|a language people speak in {country}|a famous food of
 {country}|a famous city in {country}|the weather in {country}""".replace("\n", " ").split("|")
 COUNTRIES = """France Germany Italy Spain Portugal England Ireland Greece Turkey Egypt Kenya Nigeria India China Japan
@@ -87,17 +90,31 @@ do today?|Can you help me?|Tell me something interesting.|I had a {feeling} day.
 sleep.|I lost my {thing}.|My friend {name} is {feeling}.|I want to learn something new.|Tell me about {place}s.|What
 is your favorite season?|I am going to the {place} tomorrow.|My {animal} is {feeling}.|Thank you for your help.|I need
 a gift for {name}.|It is raining today.|What can I cook tonight?|I feel {feeling}. What can I do?""".replace(
-    "\n", " ").split("|")
-SIMPLE = ["Use simple words and short sentences.", "Use simple words.", "Write in clear, simple English.",
-          "Keep it short and simple.", "Write it for a young child."]
-BRIEF = ["Answer in two or three simple sentences.", "Answer in a few simple sentences.", "Keep the answer short.",
-         "Give a short, simple answer.", "Answer in one short paragraph.", "Use simple words."]
+    "\n", " "
+).split("|")
+SIMPLE = [
+    "Use simple words and short sentences.",
+    "Use simple words.",
+    "Write in clear, simple English.",
+    "Keep it short and simple.",
+    "Write it for a young child.",
+]
+BRIEF = [
+    "Answer in two or three simple sentences.",
+    "Answer in a few simple sentences.",
+    "Keep the answer short.",
+    "Give a short, simple answer.",
+    "Answer in one short paragraph.",
+    "Use simple words.",
+]
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # what SmolLM2 was tuned with
 REPEAT_PENALTY = 1.15
-FUNCTION_WORDS = set("""the a an and or but so to of in on at by for with from as is was were are be been it its he she
+FUNCTION_WORDS = set(
+    """the a an and or but so to of in on at by for with from as is was were are be been it its he she
 they his her their him them you your i my me we our us that this had has have not no do did said there then when what
-who which would could can will up out into one all if""".split())
+who which would could can will up out into one all if""".split()
+)
 
 
 def wordnet_words(folder: Path) -> dict[str, list[str]]:
@@ -138,62 +155,122 @@ class PromptWriter:
     def fill(self, template: str) -> str:
         """template with its {slots} filled."""
         return template.format(
-            name=self.pick(NAMES), feeling=self.pick(FEELINGS),
-            thing=self.pick(THINGS), place=self.pick(PLACES), animal=self.pick(ANIMALS), country=self.pick(COUNTRIES))
+            name=self.pick(NAMES),
+            feeling=self.pick(FEELINGS),
+            thing=self.pick(THINGS),
+            place=self.pick(PLACES),
+            animal=self.pick(ANIMALS),
+            country=self.pick(COUNTRIES),
+        )
 
     def story(self) -> tuple[str, str, str]:
         """A request for a short story with a hero, and often an event, a place or required words."""
         hero = article(f"{self.pick(TRAITS)} {self.pick(self.random.choice([ANIMALS, ANIMALS, PEOPLE]))}")
         if self.random.random() < 0.5:
             hero += f" named {self.pick(NAMES)}"
-        twist = self.random.choice(["", f" who {self.pick(EVENTS)}", f" and {article(self.pick(THINGS))}",
-                                    f" in {article(self.pick(PLACES))}", f" who {self.pick(EVENTS)}"])
-        ask = self.random.choice(["Write a short story about {}.", "Tell me a story about {}.",
-                                  "Write a story about {}.", "Tell me a short story about {}.",
-                                  "Please tell a bedtime story about {}."])
+        twist = self.random.choice(
+            [
+                "",
+                f" who {self.pick(EVENTS)}",
+                f" and {article(self.pick(THINGS))}",
+                f" in {article(self.pick(PLACES))}",
+                f" who {self.pick(EVENTS)}",
+            ]
+        )
+        ask = self.random.choice(
+            [
+                "Write a short story about {}.",
+                "Tell me a story about {}.",
+                "Write a story about {}.",
+                "Tell me a short story about {}.",
+                "Please tell a bedtime story about {}.",
+            ]
+        )
         hidden = self.pick(SIMPLE)
         if self.random.random() < 0.6:
-            three = (self.pick(self.words["noun"][:1200]), self.pick(self.words["verb"][:600]),
-                     self.pick(self.words["adjective"][:500]))
+            three = (
+                self.pick(self.words["noun"][:1200]),
+                self.pick(self.words["verb"][:600]),
+                self.pick(self.words["adjective"][:500]),
+            )
             hidden += " Use the words {}, {} and {}.".format(*three)
         if self.random.random() < 0.25:
-            hidden += " " + self.pick(["Include some dialogue.", "Give it a happy ending.", "End with a lesson.",
-                                       "Let something unexpected happen."])
+            hidden += " " + self.pick(
+                [
+                    "Include some dialogue.",
+                    "Give it a happy ending.",
+                    "End with a lesson.",
+                    "Let something unexpected happen.",
+                ]
+            )
         return "story", ask.format(hero + twist), hidden
 
     def explain(self) -> tuple[str, str, str]:
         """What is X, why is X, how does X work."""
         noun, subject = article(self.pick(self.words["noun"])), self.pick(SUBJECTS)
-        ask = self.random.choice([
-            f"What is {noun}?", f"What is {noun}?", f"What is {noun} used for?", f"Tell me about {subject}.",
-            f"Explain {subject} in simple words.", f"What is {subject}?", f"How does {subject} work?",
-            f"Why {self.pick(WHY)}?", f"Why {self.pick(WHY)}?", f"What is {self.fill(self.pick(FACTS))}?",
-            f"What does the word {self.pick(self.words['verb'])} mean?",
-            f"What does the word {self.pick(self.words['adjective'])} mean?",
-            f"What is the difference between {noun} and {article(self.pick(self.words['noun']))}?"])
+        ask = self.random.choice(
+            [
+                f"What is {noun}?",
+                f"What is {noun}?",
+                f"What is {noun} used for?",
+                f"Tell me about {subject}.",
+                f"Explain {subject} in simple words.",
+                f"What is {subject}?",
+                f"How does {subject} work?",
+                f"Why {self.pick(WHY)}?",
+                f"Why {self.pick(WHY)}?",
+                f"What is {self.fill(self.pick(FACTS))}?",
+                f"What does the word {self.pick(self.words['verb'])} mean?",
+                f"What does the word {self.pick(self.words['adjective'])} mean?",
+                f"What is the difference between {noun} and {article(self.pick(self.words['noun']))}?",
+            ]
+        )
         return "explain", ask, self.pick(BRIEF)
 
     def advice(self) -> tuple[str, str, str]:
         """How can I ..."""
         skill = self.pick(SKILLS)
-        ask = self.random.choice([f"How can I {skill}?", f"How do I {skill}?", f"Give me some tips to {skill}.",
-                                  f"What is the best way to {skill}?", f"Why should I {skill}?"])
+        ask = self.random.choice(
+            [
+                f"How can I {skill}?",
+                f"How do I {skill}?",
+                f"Give me some tips to {skill}.",
+                f"What is the best way to {skill}?",
+                f"Why should I {skill}?",
+            ]
+        )
         return "advice", ask, self.pick(BRIEF)
 
     def describe(self) -> tuple[str, str, str]:
         """Describe a place, a person or a thing."""
         trait = self.pick(self.words["adjective"][:400])
-        what = self.random.choice([f"{trait} {self.pick(PLACES)}", f"{self.pick(TRAITS)} {self.pick(PEOPLE)}",
-                                   f"{trait} {self.pick(THINGS)}", self.pick(self.words["noun"][:1500])])
-        ask = self.random.choice([f"Describe {article(what)}.", f"Write a few sentences about {article(what)}.",
-                                  f"Write a short paragraph about {article(what)}."])
+        what = self.random.choice(
+            [
+                f"{trait} {self.pick(PLACES)}",
+                f"{self.pick(TRAITS)} {self.pick(PEOPLE)}",
+                f"{trait} {self.pick(THINGS)}",
+                self.pick(self.words["noun"][:1500]),
+            ]
+        )
+        ask = self.random.choice(
+            [
+                f"Describe {article(what)}.",
+                f"Write a few sentences about {article(what)}.",
+                f"Write a short paragraph about {article(what)}.",
+            ]
+        )
         return "describe", ask, self.pick(SIMPLE)
 
     def dialogue(self) -> tuple[str, str, str]:
         """A short conversation between two named people."""
         a, b = self.random.sample(NAMES, 2)
-        about = self.random.choice([self.pick(TOPICS), article(self.pick(self.words["noun"][:1000])),
-                                    f"{article(self.pick(PEOPLE))} who {self.pick(EVENTS)}"])
+        about = self.random.choice(
+            [
+                self.pick(TOPICS),
+                article(self.pick(self.words["noun"][:1000])),
+                f"{article(self.pick(PEOPLE))} who {self.pick(EVENTS)}",
+            ]
+        )
         return "dialogue", f"Write a short conversation between {a} and {b} about {about}.", self.pick(SIMPLE)
 
     def talk(self) -> tuple[str, str, str]:
@@ -246,16 +323,20 @@ def main() -> None:
     writer = PromptWriter(wordnet_words(args.wordnet), args.seed)
     drawn = [writer.draw() for _ in range(args.count)]
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-    texts = [f"{head}{ask} {hidden}".rstrip() + "<|im_end|>\n<|im_start|>assistant\n"
-             for _, ask, hidden in drawn]
+    texts = [f"{head}{ask} {hidden}".rstrip() + "<|im_end|>\n<|im_start|>assistant\n" for _, ask, hidden in drawn]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = np.zeros((len(ids), max(map(len, ids))), np.uint16)
     for row, line in enumerate(ids):
         tokens[row, : len(line)] = line
     temperatures = np.random.default_rng(args.seed).choice([0.7, 0.8, 0.9, 1.0], len(ids)).astype(np.float32)
-    np.savez_compressed(args.out, tokens=tokens, lengths=np.array([len(x) for x in ids], np.int16),
-                        temperatures=temperatures, penalties=repeat_penalties(tokenizer),
-                        allowed=allowed_tokens(tokenizer, tokenizer.eos_token_id))
+    np.savez_compressed(
+        args.out,
+        tokens=tokens,
+        lengths=np.array([len(x) for x in ids], np.int16),
+        temperatures=temperatures,
+        penalties=repeat_penalties(tokenizer),
+        allowed=allowed_tokens(tokenizer, tokenizer.eos_token_id),
+    )
     with args.text.open("w") as file:
         for kind, ask, _ in drawn:
             file.write(json.dumps({"kind": kind, "ask": ask}) + "\n")

@@ -26,8 +26,19 @@ MIN_P = 0.12  # a token needs this share of the best token's probability
 
 
 @triton.jit
-def _decode_attention_kernel(qkv, cache_k, cache_v, cos_sin, positions, out, scale,
-                             GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def _decode_attention_kernel(
+    qkv,
+    cache_k,
+    cache_v,
+    cos_sin,
+    positions,
+    out,
+    scale,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """RoPE, cache write and attention of one new token: one program per (row, kv head); head dim 64, M padded to 16."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     width: tl.constexpr = (GROUP + 2) * KV_HEADS * 64
@@ -72,8 +83,9 @@ def _decode_attention_kernel(qkv, cache_k, cache_v, cos_sin, positions, out, sca
 
 
 @triton.jit
-def _sample_kernel(logits, allowed, penalties, seen, serial, temperatures, step, out, V, log_min_p,
-                   BLOCK: tl.constexpr):
+def _sample_kernel(
+    logits, allowed, penalties, seen, serial, temperatures, step, out, V, log_min_p, BLOCK: tl.constexpr
+):
     """Gumbel-max over the tokens within min-p of the best one, repeats penalised; one program per row.
 
     A token repeats when its stamp in seen [B, V] is the serial number of the row's document."""
@@ -121,9 +133,16 @@ class Model:
         self.layers = []
         for i in range(self.num_layers):
             part = {k.split(".")[2]: v for k, v in raw.items() if k.startswith(f"blk.{i}.")}
-            self.layers.append((part["attn_norm"], torch.cat([part["attn_q"], part["attn_k"], part["attn_v"]]),
-                                part["attn_output"], part["ffn_norm"],
-                                torch.cat([part["ffn_gate"], part["ffn_up"]]), part["ffn_down"]))
+            self.layers.append(
+                (
+                    part["attn_norm"],
+                    torch.cat([part["attn_q"], part["attn_k"], part["attn_v"]]),
+                    part["attn_output"],
+                    part["ffn_norm"],
+                    torch.cat([part["ffn_gate"], part["ffn_up"]]),
+                    part["ffn_down"],
+                )
+            )
         shape = (self.num_layers, batch, self.kv_heads, MAX_LENGTH, 64)
         self.cache_k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         self.cache_v = torch.zeros_like(self.cache_k)
@@ -138,8 +157,19 @@ class Model:
         for i, (norm, qkv, output, ffn_norm, gate_up, down) in enumerate(self.layers):
             mixed = torch.nn.functional.rms_norm(x, (self.hidden,), norm, 1e-5) @ qkv.T
             _decode_attention_kernel[(len(tokens), self.kv_heads)](
-                mixed, self.cache_k[i], self.cache_v[i], self.cos_sin, positions, self.attended, 64**-0.5,
-                GROUP=self.heads // self.kv_heads, KV_HEADS=self.kv_heads, SLOTS=MAX_LENGTH, BLOCK=64, num_warps=2)
+                mixed,
+                self.cache_k[i],
+                self.cache_v[i],
+                self.cos_sin,
+                positions,
+                self.attended,
+                64**-0.5,
+                GROUP=self.heads // self.kv_heads,
+                KV_HEADS=self.kv_heads,
+                SLOTS=MAX_LENGTH,
+                BLOCK=64,
+                num_warps=2,
+            )
             x = x + self.attended @ output.T
             gate, up = (torch.nn.functional.rms_norm(x, (self.hidden,), ffn_norm, 1e-5) @ gate_up.T).chunk(2, -1)
             x = x + (torch.nn.functional.silu(gate) * up) @ down.T
@@ -171,9 +201,20 @@ class Sampler:
         """One step of every row, all on the device. Record: -1 inside a prompt, -2 a document cut at the limit."""
         logits = self.model.logits(self.tokens, self.positions)
         temperatures = self.prompt_temperatures[self.row_prompt]
-        _sample_kernel[(self.batch,)](logits, self.allowed, self.penalties, self.seen, self.serial, temperatures,
-                                      self.step, self.sampled, logits.shape[1], float(np.log(MIN_P)),
-                                      BLOCK=2048, num_warps=8)
+        _sample_kernel[(self.batch,)](
+            logits,
+            self.allowed,
+            self.penalties,
+            self.seen,
+            self.serial,
+            temperatures,
+            self.step,
+            self.sampled,
+            logits.shape[1],
+            float(np.log(MIN_P)),
+            BLOCK=2048,
+            num_warps=8,
+        )
         following = self.positions + 1
         forced = following < self.lengths[self.row_prompt]
         prompted = self.prompts[self.row_prompt, following.clamp(max=self.prompts.shape[1] - 1)]
@@ -257,10 +298,24 @@ def main() -> None:
     steps, seconds = sampler.run(args.seconds)
     found = documents(sampler.record[:steps].cpu().numpy(), len(prompts["lengths"]))
     tokens = np.concatenate([ids for _, _, ids in found]).astype(np.uint16)
-    np.savez(args.out, tokens=tokens, sizes=np.array([len(ids) for _, _, ids in found], np.uint16),
-             prompt=np.array([p for p, _, _ in found], np.int32), complete=np.array([c for _, c, _ in found]))
-    print(json.dumps({"steps": steps, "seconds": round(seconds, 1), "documents": len(found), "tokens": len(tokens),
-                      "complete": float(np.mean([c for _, c, _ in found]))}))
+    np.savez(
+        args.out,
+        tokens=tokens,
+        sizes=np.array([len(ids) for _, _, ids in found], np.uint16),
+        prompt=np.array([p for p, _, _ in found], np.int32),
+        complete=np.array([c for _, c, _ in found]),
+    )
+    print(
+        json.dumps(
+            {
+                "steps": steps,
+                "seconds": round(seconds, 1),
+                "documents": len(found),
+                "tokens": len(tokens),
+                "complete": float(np.mean([c for _, c, _ in found])),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ class Rows:
             begin = np.cumsum(picked) - picked
             stream = tokens[of_real == chosen]
             begin = begin[begin < len(stream) - length]
-            self.streams.append((torch.from_numpy(stream.astype(np.int16)).to(device),
-                                 torch.from_numpy(begin).to(device)))
+            self.streams.append(
+                (torch.from_numpy(stream.astype(np.int16)).to(device), torch.from_numpy(begin).to(device))
+            )
 
     def batch(self, rows: int) -> Tensor:
         """Token ids [rows, length] int64."""
@@ -74,8 +75,10 @@ class Muon:
         self.groups: dict[tuple[int, int], list[Tensor]] = {}
         for weight in weights:
             self.groups.setdefault((weight.shape[-2], weight.shape[-1]), []).append(weight)
-        self.momenta = {shape: torch.zeros(sum(w.numel() for w in group) // math.prod(shape), *shape,
-                                           device=group[0].device) for shape, group in self.groups.items()}
+        self.momenta = {
+            shape: torch.zeros(sum(w.numel() for w in group) // math.prod(shape), *shape, device=group[0].device)
+            for shape, group in self.groups.items()
+        }
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -89,7 +92,7 @@ class Muon:
             at = 0
             for weight in group:
                 count = weight.numel() // (rows * columns)
-                weight.mul_(1 - rate * WEIGHT_DECAY).add_(update[at:at + count].reshape(weight.shape), alpha=-rate)
+                weight.mul_(1 - rate * WEIGHT_DECAY).add_(update[at : at + count].reshape(weight.shape), alpha=-rate)
                 weight.grad = None
                 at += count
 
@@ -127,8 +130,13 @@ class Trainer:
         named = dict(model.named_parameters())
         plain = {n for n, w in named.items() if w.dim() < 2 or n.startswith(("embed", "lm_head")) or n.endswith("gate")}
         self.muon = Muon([w for n, w in named.items() if n not in plain])
-        self.adam = torch.optim.AdamW([w for n, w in named.items() if n in plain], lr=ADAM_RATE, betas=(0.9, 0.95),
-                                      weight_decay=0.0, fused=self.device.type == "cuda")
+        self.adam = torch.optim.AdamW(
+            [w for n, w in named.items() if n in plain],
+            lr=ADAM_RATE,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=self.device.type == "cuda",
+        )
         self.head_loss = head_loss
         if compiled:
             for layer in [*model.layers, model.mtp_layer]:
@@ -180,8 +188,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     model = load_checkpoint(args.resume) if args.resume else DemoModel(ModelConfig(max_position_embeddings=args.length))
-    model.config = replace(model.config, max_position_embeddings=max(args.length,
-                                                                     model.config.max_position_embeddings))
+    model.config = replace(model.config, max_position_embeddings=max(args.length, model.config.max_position_embeddings))
     trainer = Trainer(model.to(args.device), args.length, args.device == "cuda", args.rate)
     rows = Rows(args.data, args.length + 2, args.device, args.seed)
     print(f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters", flush=True)
@@ -191,12 +198,24 @@ def main() -> None:
         worst = balance(trainer.moes, 0.001 if progress < 0.8 else 0.0002)
         step += 1
         if step % 100 == 0 or step <= 5:
-            print(f"step {step} {progress:.3f} {time.time() - began:.0f} s loss {loss.item():.4f} mtp "
-                  f"{mtp_loss.item():.4f} load {worst.item():.2f}", flush=True)
+            print(
+                f"step {step} {progress:.3f} {time.time() - began:.0f} s loss {loss.item():.4f} mtp "
+                f"{mtp_loss.item():.4f} load {worst.item():.2f}",
+                flush=True,
+            )
     save_checkpoint(model, args.out)
-    print(json.dumps({"steps": step, "tokens": step * args.rows * args.length, "loss": round(loss.item(), 4),
-                      "mtp_loss": round(mtp_loss.item(), 4), "seconds": round(time.time() - began, 1),
-                      "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}))
+    print(
+        json.dumps(
+            {
+                "steps": step,
+                "tokens": step * args.rows * args.length,
+                "loss": round(loss.item(), 4),
+                "mtp_loss": round(mtp_loss.item(), 4),
+                "seconds": round(time.time() - began, 1),
+                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

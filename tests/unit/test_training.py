@@ -23,8 +23,16 @@ def training(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_saved_checkpoint_gives_the_same_logits_in_transformers(training, tmp_path: Path) -> None:
     torch.seed()
-    config = replace(training.ModelConfig(), vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                     moe_intermediate_size=32, q_lora_rank=32, kv_lora_rank=32)
+    config = replace(
+        training.ModelConfig(),
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+    )
     model = training.DemoModel(config)
     with torch.no_grad():
         for weight in model.parameters():
