@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
             rows = _measure(model, {**workload, "engines": _chosen(workload["engines"], args.engines)}, args, scratch)
         except Missing as reason:
             rows = [{"engine": None, "missing": str(reason)}]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as out:
             for row in rows:
                 out.write(json.dumps({**stamp, "model": name, **row}) + "\n")
@@ -231,6 +232,8 @@ def _stamp(args: argparse.Namespace) -> dict:
 
 def _tables(path: Path) -> str:
     """The last run of the file as Markdown, one table a model, medians with (min-max)."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist. hint: cpu_peers.py run")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if row["run"] == rows[-1]["run"]]
     hardware = rows[0]["hardware"]

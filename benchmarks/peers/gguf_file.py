@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
+from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 _LLAMA = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 _DEEPSEEK = {
@@ -46,7 +46,6 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
 
 def _describe(writer: GGUFWriter, config: dict) -> None:
-    rope = config.get("rope_parameters") or {}
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_block_count(config["num_hidden_layers"])
@@ -54,7 +53,8 @@ def _describe(writer: GGUFWriter, config: dict) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_rope_freq_base(rope.get("rope_theta") or config["rope_theta"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    _describe_rope_scaling(writer, config.get("rope_scaling") or {})
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if "kv_lora_rank" not in config:
         writer.add_head_count_kv(config["num_key_value_heads"])
@@ -81,6 +81,18 @@ def _describe(writer: GGUFWriter, config: dict) -> None:
     if config["n_group"] > 1:
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
+
+
+def _describe_rope_scaling(writer: GGUFWriter, scaling: dict) -> None:
+    kind = scaling.get("type", scaling.get("rope_type", "default"))
+    if kind == "default":
+        return
+    if kind != "yarn":
+        raise SystemExit(f"rope scaling {kind} is not converted")
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 
 
 def _layer(parts: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarray]:

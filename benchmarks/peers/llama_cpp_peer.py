@@ -50,6 +50,8 @@ class _Engine:
 
     def _decode(self, rows: list[tuple[int, int, int]], wanted: Sequence[int]) -> list[int]:
         """Run one batch of (token, position, sequence) and return the greedy token of each wanted row."""
+        if len(rows) > ROWS:
+            raise SystemExit(f"a batch of {len(rows)} rows; this file makes room for {ROWS}")
         batch = self._batch
         sampled = set(wanted)
         batch.n_tokens = len(rows)
