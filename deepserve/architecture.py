@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MOE_FAMILIES = ("mixtral", "qwen3_moe")
 FAMILIES = MLA_FAMILIES + DENSE_FAMILIES + MOE_FAMILIES
+ROPE_KINDS = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,16 @@ class Moe:
     """Mixture of experts. `scoring` is softmax or sigmoid; `selection` is greedy, group_max or group_top2 (+ bias)."""
 
     num_experts: int
-    num_shared_experts: int
     top_k: int
     intermediate_size: int
-    scoring: str
-    selection: str
-    num_groups: int
-    top_k_groups: int
     renormalize: bool
-    routed_scaling_factor: float
     layers: tuple[bool, ...]  # which decoder layers are MoE
+    num_shared_experts: int = 0
+    scoring: str = "softmax"
+    selection: str = "greedy"
+    num_groups: int = 1
+    top_k_groups: int = 1
+    routed_scaling_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,36 +153,42 @@ def load_architecture(path: str | Path) -> Architecture:
 class _Keys:
     """Typed access to config.json: every key is checked once, and an error names it."""
 
-    def __init__(self, config: dict[str, Any]):
-        self.config = config
+    def __init__(self, config: dict[str, Any], inside: str = ""):
+        self.config, self.inside = config, inside
+
+    def field(self, name: str) -> str:
+        return f"config.json: {self.inside}{name}"
 
     def get(self, name: str, kind: type, default: Any = ...) -> Any:
         value = self.config.get(name)
         if value is None:
             if default is ...:
-                raise AskError("is missing", field=f"config.json: {name}")
+                raise AskError("is missing", field=self.field(name))
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise AskError(f"is {value!r}, expected {kind.__name__}", field=f"config.json: {name}")
+            raise AskError(f"is {value!r}, expected {kind.__name__}", field=self.field(name))
         return value
 
     def size(self, name: str, default: Any = ...) -> int:
         value = self.get(name, int, default)
         if value is not None and not 0 < value <= 2**31:
-            raise AskError(f"is {value}, expected 1 to 2^31", field=f"config.json: {name}")
+            raise AskError(f"is {value}, expected 1 to 2^31", field=self.field(name))
+        return value
+
+    def one_of(self, name: str, served: Collection[str], default: Any = ...) -> str:
+        value: str = self.get(name, str, default)
+        if value not in served:
+            raise AskError(f"is {value!r}", field=self.field(name), hint=f"served: {', '.join(served)}")
         return value
 
 
 def read_architecture(config: dict[str, Any]) -> Architecture:
     """Normalises a Hugging Face config of transformers 4 or 5 (rope_scaling | rope_parameters, torch_dtype | dtype)."""
     keys = _Keys(config)
-    family = keys.get("model_type", str)
-    if family not in FAMILIES:
-        raise AskError(
-            f"{family!r} is not served", field="config.json: model_type", hint=f"served: {', '.join(FAMILIES)}"
-        )
+    family = keys.one_of("model_type", FAMILIES)
+    keys.one_of("hidden_act", ("silu", "swish"), "silu")
     num_layers = keys.size("num_hidden_layers")
     attention: Mla | Gqa
     if family in MLA_FAMILIES:
@@ -221,14 +229,12 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 def _rope(keys: _Keys, dim: int, interleaved: bool) -> Rope:
-    parameters = keys.get("rope_parameters", dict, None) or keys.get("rope_scaling", dict, None) or {}
-    inner = _Keys(parameters)
+    name = "rope_parameters" if keys.config.get("rope_parameters") else "rope_scaling"
+    inner = _Keys(keys.get(name, dict, {}), f"{name}.")
     theta = inner.get("rope_theta", float, None) or keys.get("rope_theta", float, 10000.0)
-    kind = inner.get("rope_type", str, None) or inner.get("type", str, "default")
-    if kind not in ("default", "linear", "yarn", "llama3"):
-        raise AskError(
-            f"is {kind!r}", field="config.json: rope_parameters.rope_type", hint="served: default, linear, yarn, llama3"
-        )
+    kind = inner.one_of("rope_type" if inner.config.get("rope_type") else "type", ROPE_KINDS, "default")
+    if kind == "yarn" and not inner.get("truncate", bool, True):
+        raise AskError("is false", field=inner.field("truncate"), hint="only true is served")
     partial = inner.get("partial_rotary_factor", float, None) or keys.get("partial_rotary_factor", float, 1.0)
     if partial != 1.0 and "qk_rope_head_dim" not in keys.config:
         raise AskError(f"is {partial}", field="config.json: partial_rotary_factor", hint="only 1.0 is served")
@@ -238,7 +244,7 @@ def _rope(keys: _Keys, dim: int, interleaved: bool) -> Rope:
         theta=theta,
         interleaved=interleaved,
         kind=kind,
-        factor=inner.get("factor", float, 1.0),
+        factor=inner.get("factor", float, 1.0 if kind == "default" else ...),
         original_max_position_embeddings=original,
         beta_fast=inner.get("beta_fast", float, 32.0),
         beta_slow=inner.get("beta_slow", float, 1.0),
@@ -273,13 +279,16 @@ def _gqa(keys: _Keys, family: str, head_dim: int, num_layers: int) -> Gqa:
     if num_heads % num_kv_heads:
         raise AskError(f"{num_heads} query heads, {num_kv_heads} K/V heads", field="config.json: num_key_value_heads")
     bias = keys.get("attention_bias", bool, False)
-    window = keys.size("sliding_window", None)
+    window: int | None = keys.size("sliding_window", None)
     if family.startswith("qwen") and not keys.get("use_sliding_window", bool, False):
         window = None
     kinds = keys.get("layer_types", list, None)
     if kinds is None:
-        first = keys.get("max_window_layers", int, 0) if family.startswith("qwen") else 0
+        first = keys.get("max_window_layers", int, 28) if family.startswith("qwen") else 0
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        hint = f"{num_layers} of sliding_attention and full_attention"
+        raise AskError(f"is {kinds}", field="config.json: layer_types", hint=hint)
     return Gqa(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -293,54 +302,59 @@ def _gqa(keys: _Keys, family: str, head_dim: int, num_layers: int) -> Gqa:
 
 
 def _moe(keys: _Keys, family: str, num_layers: int) -> Moe | None:
-    if family == "mixtral":
-        return Moe(
-            num_experts=keys.size("num_local_experts"),
-            num_shared_experts=0,
-            top_k=keys.size("num_experts_per_tok"),
-            intermediate_size=keys.size("intermediate_size"),
-            scoring="softmax",
-            selection="greedy",
-            num_groups=1,
-            top_k_groups=1,
-            renormalize=True,
-            routed_scaling_factor=1.0,
-            layers=(True,) * num_layers,
-        )
-    if family == "qwen3_moe":
-        step = keys.size("decoder_sparse_step", 1)
-        dense = set(keys.get("mlp_only_layers", list, []))
-        return Moe(
-            num_experts=keys.size("num_experts", None) or keys.size("num_local_experts"),
-            num_shared_experts=0,
-            top_k=keys.size("num_experts_per_tok"),
-            intermediate_size=keys.size("moe_intermediate_size"),
-            scoring="softmax",
-            selection="greedy",
-            num_groups=1,
-            top_k_groups=1,
-            renormalize=keys.get("norm_topk_prob", bool, False),
-            routed_scaling_factor=1.0,
-            layers=tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers)),
-        )
-    if family not in MLA_FAMILIES or keys.get("n_routed_experts", int, None) is None:
+    read = {"mixtral": _mixtral, "qwen3_moe": _qwen3_moe}.get(family)
+    if family in MLA_FAMILIES and keys.get("n_routed_experts", int, None):
+        read = _deepseek_moe
+    if read is None:
         return None
-    selection = "group_top2" if family == "deepseek_v3" else keys.get("topk_method", str, "greedy")
-    selection = {"group_limited_greedy": "group_max", "noaux_tc": "group_top2"}.get(selection, selection)
-    first = keys.get("first_k_dense_replace", int, 0)
-    every = keys.size("moe_layer_freq", 1)
+    moe = read(keys, num_layers)
+    if not moe.top_k <= moe.num_experts:
+        raise AskError(f"is {moe.top_k}, of {moe.num_experts} experts", field="config.json: num_experts_per_tok")
+    if moe.num_experts % moe.num_groups or not moe.top_k_groups <= moe.num_groups:
+        groups = f"is {moe.num_groups}, of which {moe.top_k_groups} are kept, for {moe.num_experts} experts"
+        raise AskError(groups, field="config.json: n_group")
+    return moe
+
+
+def _mixtral(keys: _Keys, num_layers: int) -> Moe:
     return Moe(
-        num_experts=keys.size("n_routed_experts"),
-        num_shared_experts=keys.get("n_shared_experts", int, 0),
+        num_experts=keys.size("num_local_experts"),
+        top_k=keys.size("num_experts_per_tok"),
+        intermediate_size=keys.size("intermediate_size"),
+        renormalize=True,
+        layers=(True,) * num_layers,
+    )
+
+
+def _qwen3_moe(keys: _Keys, num_layers: int) -> Moe:
+    step, dense = keys.size("decoder_sparse_step", 1), set(keys.get("mlp_only_layers", list, []))
+    return Moe(
+        num_experts=keys.size("num_experts", None) or keys.size("num_local_experts"),
         top_k=keys.size("num_experts_per_tok"),
         intermediate_size=keys.size("moe_intermediate_size"),
-        scoring="sigmoid" if family == "deepseek_v3" else "softmax",
-        selection=selection,
+        renormalize=keys.get("norm_topk_prob", bool, False),
+        layers=tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers)),
+    )
+
+
+def _deepseek_moe(keys: _Keys, num_layers: int) -> Moe:
+    is_v3 = keys.get("model_type", str) == "deepseek_v3"
+    scoring = "sigmoid" if is_v3 else "softmax"
+    methods = {"noaux_tc": "group_top2"} if is_v3 else {"greedy": "greedy", "group_limited_greedy": "group_max"}
+    first, every = keys.get("first_k_dense_replace", int, 0), keys.size("moe_layer_freq", 1)
+    keys.one_of("scoring_func", (scoring,), scoring)
+    return Moe(
+        num_experts=keys.size("n_routed_experts"),
+        top_k=keys.size("num_experts_per_tok"),
+        intermediate_size=keys.size("moe_intermediate_size"),
+        renormalize=is_v3 and keys.get("norm_topk_prob", bool, False),
+        layers=tuple(layer >= first and layer % every == 0 for layer in range(num_layers)),
+        num_shared_experts=keys.get("n_shared_experts", int, 0),
+        scoring=scoring,
+        selection=methods[keys.one_of("topk_method", methods, next(iter(methods)))],
         num_groups=keys.size("n_group", 1),
         top_k_groups=keys.size("topk_group", 1),
-        renormalize=keys.get("norm_topk_prob", bool, False) if family == "deepseek_v3" else False,
         routed_scaling_factor=keys.get("routed_scaling_factor", float, 1.0),
-        layers=tuple(layer >= first and layer % every == 0 for layer in range(num_layers)),
     )
 
 
