@@ -53,8 +53,11 @@ def _nucleus(descending: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _leading(values: torch.Tensor, threshold: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """[S, V] bool: the `count` [S] largest of each row, given the smallest of them; of equals those with lower ids."""
-    above, equal = values > threshold, values == threshold
+    """[S, V] bool: the `count` [S] largest of each row, given the smallest of them; of equals those with lower ids.
+
+    NaN counts as larger than all: a row that has one must not look as if it had a token to give.
+    """
+    above, equal = ~(values <= threshold), values == threshold
     num_equal = count - above.sum(-1)
     if bool((equal.sum(-1) <= num_equal).all()):
         return above | equal

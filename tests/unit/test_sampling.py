@@ -192,8 +192,17 @@ def test_a_row_without_a_token_says_so() -> None:
     ]
     evidence = SAMPLER.sample(logits, _rows(params, [[1]] * 4, [1] * 4, 6))[1]
     assert evidence.isfinite().tolist() == [False, False, False, True]
-    greedy = SAMPLER.sample(logits[1:2], _rows([SamplingParams(temperature=0)], [[1]], [1], 6))[1]
-    assert not greedy.isfinite().item()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("more", [{"temperature": 0}, {}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1, "top_k": 2}])
+def test_a_row_of_broken_logits_says_so(value: float, more: dict) -> None:
+    params = SamplingParams(**more)
+    everywhere, once = torch.full((1, 100), value), torch.arange(100.0)[None].clone()
+    once[0, 7] = value
+    for logits in (everywhere, once) if value > 0 or value != value else (everywhere,):
+        evidence = SAMPLER.sample(logits, _rows([params], [[1]], [1], 100))[1]
+        assert not evidence.isfinite().any()
 
 
 @pytest.mark.parametrize(
