@@ -14,7 +14,7 @@ from deepserve.plan.kernels import choose_kernels
 from deepserve.plan.memory import Load, Wish, fits, fits_well, longest, memory_map
 from deepserve.plan.parameters import count_parameters
 from deepserve.plan.plan import Blocker, Choice, Plan
-from deepserve.plan.sizes import choose_sizes
+from deepserve.plan.sizes import choose_sizes, size_choices
 from deepserve.sampling_params import SamplingParams
 
 DTYPE_NAMES = {
@@ -38,7 +38,7 @@ def make_plan(config: Config, facts: Facts) -> Plan:
     kv_dtype = _kv_dtype(config, dtype.value)
     rows = decide(config, facts, dtype.value)
     kernels, kernel_choices = choose_kernels(config, facts, dtype.value, rows)
-    load, wish, size_choices = choose_sizes(config, facts, dtype.value, rows, kernels)
+    load, wish = choose_sizes(config, facts, dtype.value, rows, kernels)
     length = _max_model_len(config, architecture, load, wish)
     max_model_len = int(length.value)
     memory, num_blocks = memory_map(load, wish, max_model_len)
@@ -77,7 +77,8 @@ def make_plan(config: Config, facts: Facts) -> Plan:
         memory=memory,
         choices=(
             _device(facts), dtype, kv_dtype, _weights(config, facts, dtype.value, rows), *_parallel(config, facts),
-            length, *size_choices, eos_choice, sampling_choice, *kernel_choices, *_row_choices(rows),
+            length, *size_choices(config, load, wish, max_model_len), eos_choice, sampling_choice, *kernel_choices,
+            *_row_choices(rows),
         ),
         blockers=tuple(_blockers(config, facts)),
         seed=config.seed,

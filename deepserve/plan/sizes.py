@@ -6,6 +6,7 @@ from deepserve.architecture import Mla
 from deepserve.config import Config
 from deepserve.errors import AskError
 from deepserve.facts import Facts
+from deepserve.hardware import Hardware
 from deepserve.optimizations import Decision
 from deepserve.plan.memory import Load, Wish
 from deepserve.plan.plan import Choice
@@ -18,19 +19,13 @@ TOKENS_WITH_SCORES = 2048  # of a step, while the attention keeps a score for ev
 
 def choose_sizes(
     config: Config, facts: Facts, dtype: str, rows: dict[str, Decision], kernels: dict[str, str]
-) -> tuple[Load, Wish, list[Choice]]:
-    """What the memory has to hold, what is wished of the cache, and the choices. AskError where sizes contradict."""
-    on_cpu = facts.hardware.kind == "cpu"
-    kind = "the default of a CPU" if on_cpu else "the default of a GPU"
-    default_seqs, default_tokens, default_block = CPU_SIZES if on_cpu else GPU_SIZES
-    mla = isinstance(facts.architecture.attention, Mla)
+) -> tuple[Load, Wish]:
+    """What the memory has to hold and what is wished of the cache. AskError where sizes contradict."""
+    default_seqs, default_tokens, default_block = _defaults(facts.hardware)
+    mla, chunked = isinstance(facts.architecture.attention, Mla), rows["chunked_prefill"].on
     keeps_scores = kernels["mla_attention" if mla else "gqa_attention"] == "reference"
-    why_tokens, chunked = kind, rows["chunked_prefill"].on
-    if keeps_scores and default_tokens > TOKENS_WITH_SCORES:
-        default_tokens, why_tokens = (
-            TOKENS_WITH_SCORES,
-            "the reference attention keeps a score for every pair of tokens",
-        )
+    if keeps_scores:
+        default_tokens = min(default_tokens, TOKENS_WITH_SCORES)
     seqs = config.max_num_seqs or min(default_seqs, config.max_num_batched_tokens or default_seqs)
     tokens = config.max_num_batched_tokens or max(default_tokens, seqs)
     _check(config, facts, seqs, tokens, chunked)
@@ -38,19 +33,37 @@ def choose_sizes(
         facts.architecture, facts.hardware, dtype, config.tensor_parallel_size, rows["fp8_linear"].on, seqs, tokens,
         whole_prompts=not chunked, keeps_scores=keeps_scores,
     )  # fmt: skip
-    block_size = config.block_size or default_block
-    wish = Wish(block_size, config.kv_cache_memory_bytes, config.num_gpu_blocks_override, config.gpu_memory_utilization)
-    if not chunked:
-        why_tokens += ", and no less than a whole prompt"
+    return load, Wish(
+        config.block_size or default_block,
+        config.kv_cache_memory_bytes,
+        config.num_gpu_blocks_override,
+        config.gpu_memory_utilization,
+    )
 
-    def choice(name: str, value: int, reason: str) -> Choice:
-        return Choice(name, str(value), "asked for" if getattr(config, name) else reason)
 
-    return load, wish, [
-        choice("max_num_seqs", seqs, kind),
-        choice("max_num_batched_tokens", tokens, why_tokens),
-        choice("block_size", block_size, kind),
-    ]  # fmt: skip
+def size_choices(config: Config, load: Load, wish: Wish, max_model_len: int) -> list[Choice]:
+    """The sizes with their reasons, once the longest request is known."""
+    default_seqs, default_tokens, _ = _defaults(load.hardware)
+    seqs, tokens = load.max_num_seqs, load.batched_tokens(max_model_len)
+    kind = why_tokens = f"the default of a {'CPU' if load.hardware.kind == 'cpu' else 'GPU'}"
+    if tokens > load.max_num_batched_tokens:
+        why_tokens = "a whole prompt: chunked prefill is off"
+    elif load.keeps_scores and tokens == TOKENS_WITH_SCORES < default_tokens:
+        why_tokens = "the reference attention keeps a score for every pair of tokens"
+    elif tokens != default_tokens:
+        why_tokens = "one for each of max_num_seqs"
+    choices = (
+        ("max_num_seqs", seqs, kind if seqs == default_seqs else "no more than max_num_batched_tokens"),
+        ("max_num_batched_tokens", tokens, why_tokens),
+        ("block_size", wish.block_size, kind),
+    )
+    return [
+        Choice(name, str(value), "asked for" if getattr(config, name) else reason) for name, value, reason in choices
+    ]
+
+
+def _defaults(hardware: Hardware) -> tuple[int, int, int]:
+    return CPU_SIZES if hardware.kind == "cpu" else GPU_SIZES
 
 
 def _check(config: Config, facts: Facts, seqs: int, tokens: int, chunked: bool) -> None:

@@ -161,6 +161,24 @@ def test_without_chunked_prefill_a_step_holds_the_longest_prompt() -> None:
     assert not made.enable_chunked_prefill
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "reason"),
+    [
+        ({}, "max_num_batched_tokens", "the default of a CPU"),
+        ({"max_num_seqs": 4000}, "max_num_batched_tokens", "one for each of max_num_seqs"),
+        ({"max_num_batched_tokens": 16}, "max_num_seqs", "no more than max_num_batched_tokens"),
+        ({"max_num_batched_tokens": 16}, "max_num_batched_tokens", "asked for"),
+        ({"enable_chunked_prefill": False}, "max_num_batched_tokens", "a whole prompt: chunked prefill is off"),
+        ({"hardware": "h100"}, "max_num_batched_tokens", "the reference attention keeps a score for every pair"),
+    ],
+)
+def test_the_sizes_of_a_step_have_their_reasons(asked, name, reason) -> None:
+    made = plan(max_model_len=5000, **asked)
+    assert choice(made, name).reason.startswith(reason)
+    for size in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        assert choice(made, size).value == str(getattr(made, size))
+
+
 def test_explicit_cache_sizes_are_taken() -> None:
     assert plan(num_gpu_blocks_override=777, max_model_len=1000).num_blocks == 777
     made = plan(kv_cache_memory_bytes=GIB, max_model_len=1000)
