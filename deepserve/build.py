@@ -24,7 +24,7 @@ from deepserve.kv_cache.tensors import allocate
 from deepserve.log import get_logger
 from deepserve.models.decoder import Decoder
 from deepserve.models.registry import build_model
-from deepserve.models.weights import load_weights
+from deepserve.models.weights import fill_dummy, load_weights
 from deepserve.ops.load import load_kernel
 from deepserve.optimizations import TABLE
 from deepserve.plan import Plan
@@ -70,7 +70,10 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         dtype = TORCH_DTYPES[plan.dtype]
         model = build_model(plan.architecture, dtype, device, plan.optimizations["fp8_linear"])
     with phase("weights"):
-        load_weights(model, plan.model_path or "", plan.load_format, seed=plan.seed)
+        if plan.load_format == "dummy":
+            fill_dummy(model, plan.seed)
+        else:
+            load_weights(model, plan.model_path or "")
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     log.info("Loading weights took %.2f seconds", phase.seconds["weights"])
     log.info("Model loading took %.2f GiB memory", num_bytes / 2**30)
@@ -104,11 +107,7 @@ def _set_threads(num_threads: int) -> None:
 
 def _scheduler(plan: Plan) -> Scheduler:
     limits = StepLimits(
-        plan.max_num_seqs,
-        plan.max_num_batched_tokens,
-        plan.max_model_len,
-        plan.long_prefill_token_threshold,
-        plan.enable_chunked_prefill,
+        plan.max_num_seqs, plan.max_num_batched_tokens, plan.long_prefill_token_threshold, plan.enable_chunked_prefill
     )
     cache = KvCacheManager(plan.num_blocks, plan.block_size, plan.enable_prefix_caching)
     return Scheduler(limits, cache, plan.architecture.eos_token_ids, plan.scheduling_policy)

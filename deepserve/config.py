@@ -32,7 +32,7 @@ def _knob(default: Any, group: str, text: str, **more: Any) -> Any:
 class Config:
     """What a user may ask for. None and "auto" leave the choice to the plan, which says what it chose and why.
 
-    Types and ranges are checked here (AskError names the field); what depends on the model or the machine, in plan.py.
+    Types and ranges are checked here (AskError names the field); what depends on the model or the machine, by the plan.
     """
 
     model: str = _knob(
@@ -102,7 +102,7 @@ class Config:
     )
     async_scheduling: bool | None = _knob(None, "scheduling", "schedule a step while the one before it runs")
     max_num_queued_reqs: int | None = _knob(
-        None, "scheduling", "refuse requests with 503 above so many waiting", low=1, flags=("--max-queued-requests",)
+        None, "scheduling", "refuse requests with 429 above so many waiting", low=1, flags=("--max-queued-requests",)
     )
     stream_interval: int = _knob(1, "scheduling", "tokens between two streamed messages", low=1, high=1024)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +17,6 @@ from deepserve.ops.inventory import KernelInfo, inventory
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 HUB = Path("~/.cache/huggingface/hub")
-MAX_HEADER_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +25,8 @@ class Checkpoint:
 
     path: str | None
     has_tokenizer: bool = False
-    num_files: int = 0
-    tensor_bytes: dict[str, int] = field(default_factory=dict)  # by safetensors dtype: BF16, F8_E4M3, F32 ...
+    has_weights: bool = False  # whether there are safetensors files
     generation_config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether there are safetensors files."""
-        return self.num_files > 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(self.tensor_bytes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,40 +90,13 @@ def _cached_snapshot(model: str) -> Path | None:
 
 
 def read_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
-    """Reads the headers of a directory's safetensors files, not their tensors. AskError names a broken file."""
-    sizes: dict[str, int] = {}
-    files = sorted(path.glob("*.safetensors"))
-    for file in files:
-        for dtype, num_bytes in _header_bytes(file).items():
-            sizes[dtype] = sizes.get(dtype, 0) + num_bytes
+    """Looks at what is there; the weights are read where they are loaded. AskError names a broken file."""
     return Checkpoint(
         path=str(path),
         has_tokenizer=((tokenizer or path) / "tokenizer.json").is_file(),
-        num_files=len(files),
-        tensor_bytes=sizes,
+        has_weights=any(path.glob("*.safetensors")),
         generation_config=_generation_config(path / "generation_config.json"),
     )
-
-
-def _header_bytes(file: Path) -> dict[str, int]:
-    """Bytes by dtype that a safetensors file says it holds; the sum must be what follows its header."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header says {length} bytes, the file has {size}")
-            header = json.loads(stream.read(length))
-        sizes: dict[str, int] = {}
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                start, end = tensor["data_offsets"]
-                sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - start
-        if sum(sizes.values()) != size - 8 - length:
-            raise ValueError(f"its header describes {sum(sizes.values())} bytes of tensors, {size - 8 - length} follow")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise AskError(f"{file} is broken: {error}", field="model", hint="download the file again") from None
-    return sizes
 
 
 def _generation_config(file: Path) -> dict[str, Any]:

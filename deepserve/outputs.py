@@ -25,11 +25,6 @@ class RequestMetrics:
     num_preemptions: int = 0
 
     @property
-    def time_in_queue(self) -> float:
-        """Arrival to the first step it was in."""
-        return self.first_scheduled_time - self.arrival_time
-
-    @property
     def ttft(self) -> float:
         """Arrival to first token."""
         return self.first_token_time - self.arrival_time

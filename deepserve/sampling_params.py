@@ -57,11 +57,6 @@ class SamplingParams:
         self.top_k = 0 if self.top_k == -1 else self.top_k
         self._check()
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is taken."""
-        return self.temperature == 0.0
-
     def _check(self) -> None:
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1, open_low=True)

@@ -13,14 +13,13 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 class CacheSpec:
     """One cache of one layer. `kind`: mla_latent (kv_rank + rope_dim values a token) or kv_heads (a K and a V row).
 
-    `row` is the shape of one token's entry, `dtype` its stored type, `window` the tokens that stay visible (None: all).
+    `row` is the shape of one token's entry, `dtype` its stored type.
     """
 
     kind: str
     layer: int
     row: tuple[int, ...]
     dtype: str
-    window: int | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -31,14 +30,15 @@ class CacheSpec:
         return size
 
 
-def cache_specs(architecture: Architecture, dtype: str, with_mtp: bool = False) -> list[CacheSpec]:
+def cache_specs(architecture: Architecture, dtype: str) -> list[CacheSpec]:
     """The caches of every layer in order (architectures.md section 8: 1,152 bytes a token and layer for V3 in bf16)."""
-    num_layers = architecture.num_layers + (architecture.num_mtp_layers if with_mtp else 0)
     attention = architecture.attention
+    row: tuple[int, ...]
     if isinstance(attention, Mla):
-        return [CacheSpec("mla_latent", i, (attention.kv_rank + attention.rope_dim,), dtype) for i in range(num_layers)]
-    row = (2, attention.num_kv_heads, attention.head_dim)
-    return [CacheSpec("kv_heads", i, row, dtype, attention.sliding_windows[i]) for i in range(num_layers)]
+        kind, row = "mla_latent", (attention.kv_rank + attention.rope_dim,)
+    else:
+        kind, row = "kv_heads", (2, attention.num_kv_heads, attention.head_dim)
+    return [CacheSpec(kind, layer, row, dtype) for layer in range(architecture.num_layers)]
 
 
 def bytes_per_token(specs: list[CacheSpec]) -> int:

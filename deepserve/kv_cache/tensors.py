@@ -19,9 +19,7 @@ def cache_shape(spec: CacheSpec, num_blocks: int, block_size: int) -> tuple[int,
     """
     if spec.kind == "mla_latent":
         return (num_blocks, block_size, *spec.row)
-    if spec.kind == "kv_heads":
-        return (num_blocks, spec.row[0], block_size, *spec.row[1:])
-    raise AskError(f"there is no layout for a {spec.kind} cache", field="model", hint="mla_latent or kv_heads")
+    return (num_blocks, spec.row[0], block_size, *spec.row[1:])
 
 
 def allocate(
@@ -29,13 +27,10 @@ def allocate(
 ) -> list[torch.Tensor]:
     """The caches of all layers in the order of `specs`, zeroed: a masked entry times 0 must not be NaN.
 
-    AskError, with the bytes that were asked for, where the dtype has no kernels yet or the memory is not there.
+    AskError, with the bytes that were asked for, where the memory is not there.
     """
     caches = []
     for spec in specs:
-        if spec.dtype not in TORCH_DTYPES:
-            known = ", ".join(TORCH_DTYPES)
-            raise AskError(f"no kernel reads a cache of {spec.dtype}", field="kv_cache_dtype", hint=f"one of {known}")
         try:
             shape = cache_shape(spec, num_blocks, block_size)
             caches.append(_zeros(shape, TORCH_DTYPES[spec.dtype], torch.device(device)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from deepserve.architecture import DENSE_FAMILIES, MLA_FAMILIES, MOE_FAMILIES, Architecture
-from deepserve.errors import AskError
 from deepserve.layers.linear import Maker
 from deepserve.models.decoder import Decoder
 from deepserve.models.deepseek import deepseek
@@ -19,10 +18,8 @@ def build_model(
 ) -> Decoder:
     """The model with its parameters allocated in `dtype` on `device` (meta will do) and not initialised.
 
-    fp8_linear keeps the FP8 weights of an FP8 checkpoint in its linears (routed experts and kv_b excepted) and
-    quantises what they multiply; else FP8 weights are dequantised as they are loaded.
+    fp8_linear keeps the FP8 weights of an FP8 checkpoint (the plan allows it for no other) in its linears, routed
+    experts and kv_b excepted, and quantises what they multiply; else they are dequantised as they are loaded.
     """
-    if fp8_linear and architecture.quantization is None:
-        raise AskError("needs an FP8 checkpoint, and this one is not", field="fp8_linear", hint="leave it off")
     make = Maker(dtype, device, architecture.quantization if fp8_linear else None)
     return MODELS[architecture.family](architecture, make).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,37 +16,21 @@ from deepserve.ops.dequant_fp8_block.spec import BLOCK, dequant_fp8_block
 SCALE = "_scale_inv"  # X.weight_scale_inv multiplies X.weight, despite the name
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_DEVIATION = 64.0  # of dummy FP8 weights: well inside e4m3's range
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
-def load_weights(
-    model: Decoder,
-    path: str | Path,
-    load_format: str = "auto",
-    on_progress: Callable[[int, int], None] | None = None,
-    seed: int = 0,
-) -> None:
+def load_weights(model: Decoder, path: str | Path) -> None:
     """Fills the model from the safetensors files in `path`, casting to the parameters' dtypes.
 
-    The peak is the weights and one shard. on_progress(tensors done, tensors in all). FP8 weights are dequantised, or
-    kept where the model's linears are FP8. AskError names the file or tensor that is missing, unexpected or misshapen.
-    load_format "dummy" reads nothing: random weights of unit gain, the same for the same seed.
+    The peak is the weights and one shard. FP8 weights are dequantised, or kept where the model's linears are FP8.
+    AskError names the file or tensor that is missing, unexpected or misshapen.
     """
-    if load_format not in LOAD_FORMATS:
-        raise AskError(f"{load_format!r} is not known", field="load_format", hint=", ".join(LOAD_FORMATS))
-    if load_format == "dummy":
-        fill_dummy(model, seed)
-        return
     files = find_shards(Path(path))
     headers = read_headers(files)
     targets = {slot.name: slot.target for slot in model.slots()}
     _check(model, targets, {name: shape for name, (_, shape) in headers.items()})
-    total = len(headers)
-    for done, (shard, name) in enumerate(stream(files), 1):
+    for shard, name in stream(files):
         if name in targets:
             _fill(targets[name], shard, name, headers)
-        if on_progress is not None:
-            on_progress(done, total)
 
 
 def _check(model: Decoder, targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -103,9 +86,8 @@ def _fill(target: torch.Tensor, shard: Shard, name: str, headers: Headers) -> No
 
 
 def fill_dummy(model: Decoder, seed: int) -> None:
-    """Random weights that keep activations near 1: matrices with deviation fan_in^-0.5, norms 1, biases 0.
-
-    Embeddings have deviation 1, or that of a matrix where they are the head as well.
+    """Random weights that keep activations near 1, the same for the same seed: matrices with deviation fan_in^-0.5,
+    norms 1, biases 0. Embeddings have deviation 1, or that of a matrix where they are the head as well.
     """
     generator = torch.Generator(next(iter(model.parameters())).device).manual_seed(seed)
     norms = {id(module.weight) for module in model.modules() if isinstance(module, RmsNorm)}

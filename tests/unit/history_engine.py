@@ -23,7 +23,7 @@ def make_engine(
     depth: int = 0, num_blocks: int = 64, max_num_seqs: int = 4, max_num_tokens: int = 16, queued: int | None = None
 ) -> Engine:
     """An engine with blocks of 4 tokens and a context of 64; its runner is `engine.runner`'s to break."""
-    limits = StepLimits(max_num_seqs, max_num_tokens, MAX_MODEL_LEN)
+    limits = StepLimits(max_num_seqs, max_num_tokens)
     scheduler = Scheduler(limits, KvCacheManager(num_blocks, 4), EOS)
     runner = HistoryRunner(num_blocks, 4, max_num_seqs)
     open_requests = None if queued is None else max_num_seqs + queued

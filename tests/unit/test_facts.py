@@ -1,7 +1,4 @@
-"""What the facts say of a directory: sizes from headers, broken files by name, names without a directory."""
-
-import json
-import struct
+"""What the facts say of a directory: its parts, broken files by name, names without a directory."""
 
 import pytest
 
@@ -17,17 +14,8 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint("llama", tmp_path_factory.mktemp("facts") / "llama", dtype="bfloat16", shard_size="60KB")
 
 
-def write_safetensors(path, header, payload=b""):
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
-
-
-def test_a_checkpoint_is_measured_by_its_headers(checkpoint) -> None:
+def test_a_checkpoint_has_weights_and_a_tokenizer(checkpoint) -> None:
     found = read_checkpoint(checkpoint)
-    files = list(checkpoint.glob("*.safetensors"))
-    assert found.num_files == len(files) > 1
-    assert set(found.tensor_bytes) == {"BF16"}
-    assert 0 < found.num_bytes < sum(file.stat().st_size for file in files)
     assert found.has_tokenizer
     assert found.has_weights
 
@@ -45,32 +33,6 @@ def test_a_known_name_needs_nothing_on_the_disk() -> None:
     path, architecture = find_model("deepseek-ai/DeepSeek-R1-0528")
     assert path is None
     assert architecture.num_layers == 61
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"\x05", struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{x",
-        struct.pack("<Q", 2) + b"{}" + b"more",
-    ],
-)  # fmt: skip
-def test_a_broken_file_is_named(tmp_path, content) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(AskError, match=r"model\.safetensors is broken"):
-        read_checkpoint(tmp_path)
-
-
-def test_a_truncated_file_is_named(checkpoint, tmp_path) -> None:
-    whole = next(checkpoint.glob("*.safetensors")).read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(AskError, match=r"cut\.safetensors is broken"):
-        read_checkpoint(tmp_path)
-
-
-def test_the_header_must_make_sense(tmp_path) -> None:
-    write_safetensors(tmp_path / "a.safetensors", {"w": {"dtype": "F32", "data_offsets": [0]}})
-    with pytest.raises(AskError, match="broken"):
-        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "\x00"])

@@ -24,7 +24,7 @@ CPU = Hardware(
 
 def facts(model="deepseek-v2-lite", hardware=CPU, weights=1, **generation):
     hardware = parse_hardware(hardware) if isinstance(hardware, str) else hardware
-    checkpoint = Checkpoint("/m", True, weights, {"BF16": 1}, generation)
+    checkpoint = Checkpoint("/m", True, weights > 0, generation)
     return Facts(hardware, find_model(model)[1], checkpoint, inventory())
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from deepserve.errors import AskError
 from deepserve.kv_cache.manager import KvCacheManager
 from deepserve.request import Request, Status
 from deepserve.sampling_params import SamplingParams
@@ -12,7 +11,7 @@ from deepserve.scheduler.scheduler import Scheduler
 
 
 def _scheduler(num_blocks=64, max_num_seqs=4, max_num_tokens=16, policy="fcfs", **limits) -> Scheduler:
-    step_limits = StepLimits(max_num_seqs, max_num_tokens, 64, **limits)
+    step_limits = StepLimits(max_num_seqs, max_num_tokens, **limits)
     return Scheduler(step_limits, KvCacheManager(num_blocks, 4), (7,), policy)
 
 
@@ -67,15 +66,6 @@ def test_without_chunks_a_prompt_waits_for_a_step_that_holds_it():
     assert _rows(step) == {"a": 40}  # c would fit, but b is first
     _answer(scheduler, step)
     assert _rows(scheduler.schedule()) == {"a": 1, "b": 40, "c": 4}
-
-
-def test_limits_that_cannot_work_are_refused():
-    with pytest.raises(AskError, match="max_num_batched_tokens"):
-        StepLimits(32, 16, 64)
-    with pytest.raises(AskError, match="chunked prefill"):
-        StepLimits(4, 16, 64, enable_chunked_prefill=False)
-    with pytest.raises(AskError, match="max_num_seqs"):
-        StepLimits(0, 16, 64)
 
 
 def test_priority_goes_first_and_the_last_in_rank_is_preempted():

@@ -37,7 +37,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, num_blocks, max_num_seqs, extra_tokens, threshold, chunked, caching, policy):
         num_tokens = max_num_seqs + extra_tokens if chunked else MAX_MODEL_LEN + extra_tokens
-        self.limits = StepLimits(max_num_seqs, num_tokens, MAX_MODEL_LEN, threshold, chunked)
+        self.limits = StepLimits(max_num_seqs, num_tokens, threshold, chunked)
         self.cache = KvCacheManager(num_blocks, 4, caching)
         self.scheduler = Scheduler(self.limits, self.cache, EOS, policy)
         self.runner = HistoryRunner(num_blocks, 4, max_num_seqs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from deepserve.ops.op import Case, Cost, op
@@ -10,7 +12,7 @@ BLOCK = 128
 
 
 def _case(out: int, width: int) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         weight = (torch.randn(out, width, generator=generator) * 100).to(torch.float8_e4m3fn)
         scale = torch.rand(-(-out // BLOCK), -(-width // BLOCK), generator=generator) * 1e-2
         return weight.to(device), scale.to(device), dtype
