@@ -1,6 +1,6 @@
 """What crosses the line between a door (LLM, server) and the engine: plain closed dataclasses, no torch.
 
-In-process they are passed as they are; between processes `engine/transport.py` encodes them with msgspec by these types.
+In-process they are passed as they are; between processes `engine/transport.py` encodes them by these types.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Ready:
 
 @dataclass(slots=True)
 class EngineFailed:
-    """The last word of an engine that cannot start or go on. `asked`: the reason is an AskError, with field and hint."""
+    """The last word of an engine that cannot start or go on. `asked`: the reason is an AskError, with its hint."""
 
     reason: str
     asked: bool = False

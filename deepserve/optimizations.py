@@ -107,6 +107,10 @@ TABLE = (
         needs=_an_fp8_checkpoint,
     ),
     _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
+    _fusion(
+        "linear_add_rms_norm", "A projection adds the residual to its sums; the norm follows at once.", "packed_linear"
+    ),
+    _fusion("linear_silu_mul", "The gated activation is applied to the sums of its projections.", "packed_linear"),
     replace(
         _fusion("rms_norm_rope_write_latent", "A token's latent is normalised, rotated and cached in one pass."),
         needs=_latent_attention,

@@ -168,9 +168,7 @@ def _time(op: Op, kernel_name: str, case: Case, dtype: torch.dtype, device: str)
     kernel = load_kernel(op.name, kernel_name)
     arguments = case.make(torch.Generator().manual_seed(0), dtype, device)
     cost = op.cost(*arguments)
-    given = list(arguments)
-    if kernel.pack is not None:
-        given[op.parameters.index("weight")] = kernel.pack(given[op.parameters.index("weight")])
+    given = kernel.packed(op.parameters, arguments)
     return seconds_of(lambda: kernel.function(*given), device), cost
 
 

@@ -32,48 +32,47 @@ class BoundGraph:
 def bind(graph: fx.GraphModule, kernels: Mapping[str, Kernel]) -> BoundGraph:
     """The graph with each op replaced by its kernel's function; `kernels` names one for every op in it.
 
-    Call it once weights are loaded and caches allocated: tensors are looked up here, not at each call. A kernel's
-    `pack` rewrites the op's `weight` here, once; the model keeps the unpacked one for its eager methods.
+    Call it once weights are loaded and caches allocated: tensors are looked up here, not at each call. What a kernel
+    packs is packed here, once; the model keeps the unpacked weight for its eager methods.
     """
     line = copy.deepcopy(graph.graph)
-    for node in list(line.nodes):
-        if isinstance(node.target, Op):
-            _use(line, node, node.target, kernels)
     constants = _constants(line, graph.meta["model"])
+    packed: dict[tuple[fx.Node, Callable[[torch.Tensor], Any]], fx.Node] = {}
+    for node in list(line.nodes):
+        if isinstance(op := node.target, Op):
+            if op.name not in kernels:
+                raise KeyError(f"the graph calls {op.name}, and no kernel is given for it")
+            kernel = kernels[op.name]
+            for name, pack in kernel.packs.items():
+                position = op.parameters.index(name)
+                weight = node.args[position]
+                if not isinstance(weight, fx.Node) or weight not in constants:
+                    raise ValueError(f"{op.name}: a packed {name} must be a parameter of the model, not {weight}")
+                if (weight, pack) not in packed:
+                    with line.inserting_after(weight):
+                        packed[weight, pack] = line.get_attr("packed")
+                    constants[packed[weight, pack]] = pack(constants[weight])
+                node.update_arg(position, packed[weight, pack])
+            node.target = kernel.function
+    for node in reversed(list(constants)):
+        if not node.users:
+            line.erase_node(node)
+            del constants[node]
     for idx, node in enumerate(constants):
         node.target = f"w{idx}"
     return _compile(line, {str(node.target): value for node, value in constants.items()})
 
 
-def _use(line: fx.Graph, node: fx.Node, op: Op, kernels: Mapping[str, Kernel]) -> None:
-    """Makes a node that calls an op call its kernel."""
-    kernel = kernels.get(op.name)
-    if kernel is None:
-        raise KeyError(f"the graph calls {op.name}, and no kernel is given for it")
-    if kernel.pack is not None:
-        _pack(line, node, op, kernel.pack)
-    node.target = kernel.function
-
-
 def _constants(line: fx.Graph, model: torch.nn.Module) -> dict[fx.Node, Any]:
     """Each get_attr node with its value. Slices of weights become such nodes too: views made once, not at each call."""
     constants: dict[fx.Node, Any] = {}
-    packed: dict[tuple[str, Any], Any] = {}
-    for node in list(line.nodes):
+    for node in line.nodes:
         if node.op == "get_attr":
             value = attrgetter(str(node.target))(model)
-            value = value.detach() if isinstance(value, torch.Tensor) else value
-            if pack := node.meta.get("pack"):
-                key = (str(node.target), pack)
-                value = packed[key] if key in packed else packed.setdefault(key, pack(value))
-            constants[node] = value
+            constants[node] = value.detach() if isinstance(value, torch.Tensor) else value
         elif node.target is operator.getitem and node.args[0] in constants and _is_basic(node.args[1]):
             constants[node] = constants[node.args[0]][node.args[1]]
             node.op, node.args = "get_attr", ()
-    for node in reversed(list(constants)):
-        if not node.users:
-            line.erase_node(node)
-            del constants[node]
     return constants
 
 
@@ -84,20 +83,6 @@ def _is_basic(index: Any) -> bool:
     if isinstance(index, tuple):
         return all(map(_is_basic, index))
     return index is None or index is Ellipsis or isinstance(index, int)
-
-
-def _pack(line: fx.Graph, node: fx.Node, op: Op, pack: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Gives the node a get_attr of its own for its weight, marked to be packed (others may want it as it was)."""
-    position = op.parameters.index("weight")
-    weight = node.args[position]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        raise ValueError(f"{op.name}: a packed weight must be a parameter of the model, not {weight}")
-    with line.inserting_before(node):
-        packed = line.get_attr(str(weight.target))
-    packed.meta["pack"] = pack
-    node.update_arg(position, packed)
-    if not weight.users:
-        line.erase_node(weight)
 
 
 def _compile(line: fx.Graph, tensors: dict[str, Any]) -> BoundGraph:

@@ -56,7 +56,7 @@ class MoeMlp(nn.Module):
             moe.routed_scaling_factor,
         )
         y = moe_experts(x, self.gate_up, self.down, weights, ids)
-        return y if self.shared is None else add(y, self.shared(x))
+        return y if self.shared is None else add(self.shared(x), y)
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         """Where the tensors under `prefix` go."""

@@ -40,10 +40,7 @@ def check(op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device
     """None where the kernel agrees with the reference (results, and every argument afterwards), else what differs."""
     op, kernel = load_op(op_name), load_kernel(op_name, kernel_name)
     expected_arguments, arguments = (case.make(torch.Generator().manual_seed(seed), dtype, device) for _ in range(2))
-    given = list(arguments)
-    if kernel.pack is not None:
-        idx = op.parameters.index("weight")
-        given[idx] = kernel.pack(given[idx])
+    given = kernel.packed(op.parameters, arguments)
     expected = op.reference(*expected_arguments)
     with Poisoned():
         actual = kernel.function(*given)

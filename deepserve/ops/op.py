@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,9 +127,16 @@ def inlining() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of an op, bound once by the plan. `pack` rewrites its weight argument once, after loading."""
+    """One implementation of an op, bound once by the plan.
+
+    `packs` maps the name of a weight argument to what lays it out for this kernel, once, after loading.
+    """
 
     op: str
     name: str
     function: Callable[..., Any]
-    pack: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None)
+    packs: Mapping[str, Callable[[torch.Tensor], Any]] = field(default_factory=dict)
+
+    def packed(self, parameters: Sequence[str], args: Sequence[Any]) -> list[Any]:
+        """The arguments of a call as `function` takes them."""
+        return [self.packs[name](value) if name in self.packs else value for name, value in zip(parameters, args)]

@@ -11,7 +11,7 @@ from deepserve.hardware import this_machine
 from deepserve.ops.check import Poisoned, check, difference, poison
 from deepserve.ops.inventory import inventory, refusals
 from deepserve.ops.load import load_kernel, load_op
-from deepserve.ops.op import Cost
+from deepserve.ops.op import Cost, Kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -152,8 +152,7 @@ def test_the_check_sees_a_wrong_kernel(monkeypatch):
     }
     for sentence, function in wrong.items():
         monkeypatch.setattr(
-            "deepserve.ops.check.load_kernel",
-            lambda op, name, function=function: type("K", (), {"function": staticmethod(function), "pack": None}),
+            "deepserve.ops.check.load_kernel", lambda op, name, function=function: Kernel(op, name, function)
         )
         assert sentence in (check("rms_norm", "triton", case, torch.float32, DEVICE, 1) or "")
 

@@ -219,7 +219,7 @@ def test_packing_rewrites_only_the_weight_of_its_op():
         packed.append(weight)
         return weight * 2
 
-    kernel = Kernel("rms_norm", "doubled", lambda x, w, eps: rms_norm.reference(x, w / 2, eps), pack)
+    kernel = Kernel("rms_norm", "doubled", lambda x, w, eps: rms_norm.reference(x, w / 2, eps), {"weight": pack})
     assert torch.equal(bind(trace(model), {"rms_norm": kernel})(x), model(x))
     assert len(packed) == 1
 

@@ -13,4 +13,4 @@ def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return onednn.function(hidden, weight, None).float()
 
 
-KERNEL = Kernel("head_matmul", "onednn", function, onednn.pack)
+KERNEL = Kernel("head_matmul", "onednn", function, {"weight": onednn.pack})

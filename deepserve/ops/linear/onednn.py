@@ -22,4 +22,4 @@ def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return y
 
 
-KERNEL = Kernel("linear", "onednn", function, pack)
+KERNEL = Kernel("linear", "onednn", function, {"weight": pack})

@@ -90,4 +90,4 @@ def function(
     return out
 
 
-KERNEL = Kernel("mla_attention", "cpu", function)
+KERNEL = Kernel("mla_attention", "cpu", function, dict.fromkeys(("w_uk", "w_uv"), torch.Tensor.contiguous))

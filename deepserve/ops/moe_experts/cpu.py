@@ -1,35 +1,33 @@
-"""Tokens sorted by expert, then one product an expert that is in use. Needs a CPU."""
+"""Tokens sorted by expert, then two products an expert that is in use, its weights packed. Needs a CPU."""
 
 from __future__ import annotations
 
 import torch
 
+from deepserve.ops.linear import onednn
 from deepserve.ops.op import Kernel
-from deepserve.ops.silu_mul.spec import silu_mul
+from deepserve.ops.silu_mul.cpu import silu_mul
+
+
+def pack(weights: torch.Tensor) -> list[torch.Tensor]:
+    """Each expert's matrix as linear's oneDNN kernel has it."""
+    return [onednn.pack(weight) for weight in weights]
 
 
 def function(
-    x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    x: torch.Tensor, w_gate_up: list[torch.Tensor], w_down: list[torch.Tensor], weights: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """moe_experts."""
-    top_k = ids.shape[1]
+    """moe_experts with packed experts."""
+    num_tokens, top_k = ids.shape
     chosen, order = ids.flatten().sort(stable=True)
     experts, counts = chosen.unique_consecutive(return_counts=True)
-    spans = list(zip(experts.tolist(), counts.tolist()))
-    rows = x.index_select(0, order // top_k)
-    gate_up = x.new_empty(len(rows), w_gate_up.shape[1])
-    start = 0
-    for expert, count in spans:
-        torch.mm(rows[start : start + count], w_gate_up[expert].T, out=gate_up[start : start + count])
-        start += count
-    hidden = silu_mul(gate_up)
-    start = 0
-    for expert, count in spans:
-        torch.mm(hidden[start : start + count], w_down[expert].T, out=rows[start : start + count])
-        start += count
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    y = rows.index_select(0, back).view(*ids.shape, -1)
-    return (y.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+    used = experts.tolist()
+    rows = x.index_select(0, order // top_k).split(counts.tolist())
+    hidden = silu_mul(torch.cat([onednn.function(part, w_gate_up[e], None) for part, e in zip(rows, used)]))
+    parts = hidden.split(counts.tolist())
+    y = torch.cat([onednn.function(part, w_down[e], None) for part, e in zip(parts, used)])
+    in_order = torch.empty_like(y).index_copy_(0, order, y).view(num_tokens, top_k, -1)
+    return torch.bmm(weights.unsqueeze(1), in_order.float()).squeeze(1).to(x.dtype)
 
 
-KERNEL = Kernel("moe_experts", "cpu", function)
+KERNEL = Kernel("moe_experts", "cpu", function, {"w_gate_up": pack, "w_down": pack})

@@ -1,0 +1,6 @@
+"""A projection back to the residual stream, the addition, and the norm that follows."""
+
+from deepserve.ops.inventory import REFERENCE, KernelInfo
+from deepserve.ops.linear import needs_onednn
+
+KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"))
