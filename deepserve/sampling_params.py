@@ -48,12 +48,17 @@ class SamplingParams:
     bad_words_ids: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
-        self.stop = list(self.stop or [])
-        self.stop_token_ids = list(self.stop_token_ids or [])
-        self.bad_words = list(self.bad_words or [])
-        self.logit_bias = {int(token): float(bias) for token, bias in (self.logit_bias or {}).items()}
+        self.stop, self.bad_words = _texts("stop", self.stop), _texts("bad_words", self.bad_words)
+        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids or [])
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = _token_ids(
+                "allowed_token_ids", self.allowed_token_ids, "no token could be sampled"
+            )
+        self.bad_words_ids = [_token_ids("bad_words_ids", word, "nothing is forbidden") for word in self.bad_words_ids]
+        try:
+            self.logit_bias = {int(token): float(bias) for token, bias in (self.logit_bias or {}).items()}
+        except (TypeError, ValueError, AttributeError):
+            raise AskError(f"is {self.logit_bias!r}, expected numbers by token id", field="logit_bias") from None
         self.top_k = 0 if self.top_k == -1 else self.top_k
         self._check()
 
@@ -79,15 +84,28 @@ class SamplingParams:
         for name, limit in (("stop", MAX_STOPS), ("stop_token_ids", 1024), ("bad_words", MAX_BAD_WORDS)):
             if len(getattr(self, name)) > limit:
                 raise AskError(f"{len(getattr(self, name))} entries, at most {limit}", field=name)
-        for name in ("stop", "bad_words"):
-            if any(not isinstance(text, str) or not text or len(text) > 1024 for text in getattr(self, name)):
-                raise AskError("every entry is a text of 1 to 1024 characters", field=name)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise AskError(f"is {getattr(self, name)!r}, expected true or false", field=name)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise AskError(f"{len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS}", field="logit_bias")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise AskError("is empty, so that no token could be sampled", field="allowed_token_ids")
         for bias in self.logit_bias.values():
             _number("logit_bias", bias, -100, 100)
+
+
+def _texts(name: str, value: str | list[str] | None) -> list[str]:
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) and 0 < len(one) <= 1024 for one in texts):
+        raise AskError("every entry is a text of 1 to 1024 characters", field=name)
+    return list(texts)
+
+
+def _token_ids(name: str, value: list[int], if_empty: str = "") -> list[int]:
+    if not isinstance(value, list | tuple) or not all(type(token) is int for token in value):
+        raise AskError("is no list of token ids", field=name)
+    if if_empty and not value:
+        raise AskError(f"is empty, so that {if_empty}", field=name)
+    return list(value)
 
 
 def _number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

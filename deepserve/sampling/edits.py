@@ -59,7 +59,5 @@ def check_ids(sampling: SamplingParams, vocab_size: int) -> None:
     }
     for field, tokens in named.items():
         for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
+            if not 0 <= token < vocab_size:
                 raise AskError(f"token {token!r} is not in the vocabulary of {vocab_size}", field=field)
-    if any(not word for word in sampling.bad_words_ids):
-        raise AskError("holds an empty token sequence", field="bad_words")

@@ -27,7 +27,7 @@ class SamplingRows:
     positions: np.ndarray  # int64 [S]: where the new token will stand
     num_prompt_tokens: np.ndarray  # int64 [S]
     edits: Sequence[Edits | None]
-    history: torch.Tensor  # [max_num_seqs, max_model_len] int32, on the device
+    history: torch.Tensor  # [max_num_seqs, max_model_len + 1] int32, on the device
 
 
 class Sampler:

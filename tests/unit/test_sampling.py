@@ -212,8 +212,26 @@ def test_a_row_of_broken_logits_says_so(value: float, more: dict) -> None:
 def test_ids_outside_the_vocabulary_are_refused(params: dict) -> None:
     with pytest.raises(AskError, match="not in the vocabulary of 6"):
         Edits(SamplingParams(**params), EOS, 6, "cpu")
-    with pytest.raises(AskError, match="no token could be sampled"):
-        SamplingParams(allowed_token_ids=[])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop_token_ids": ["a"]}, {"stop_token_ids": [1.5]}, {"stop_token_ids": 5}, {"stop_token_ids": [True]},
+        {"allowed_token_ids": ["a"]}, {"allowed_token_ids": 5}, {"allowed_token_ids": []},
+        {"bad_words_ids": [[]]}, {"bad_words_ids": [5]}, {"bad_words": 5}, {"bad_words": [""]}, {"stop": 5},
+        {"logit_bias": {"x": 1}}, {"logit_bias": [1]}, {"logit_bias": {2: float("nan")}}, {"logit_bias": {2: None}},
+        {"detokenize": "no"}, {"ignore_eos": 1}, {"temperature": "1"}, {"max_tokens": True}, {"min_tokens": 17},
+    ],
+)  # fmt: skip
+def test_what_a_request_cannot_mean_is_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(AskError) as caught:
+        SamplingParams(**wrong)
+    assert caught.value.field == next(iter(wrong))
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    assert SamplingParams(stop="end", bad_words="abc") == SamplingParams(stop=["end"], bad_words=["abc"])
 
 
 def _anything(index: int) -> SamplingParams:
