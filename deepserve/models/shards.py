@@ -1,12 +1,11 @@
-"""The safetensors files of a checkpoint: found, checked and read one tensor at a time. Nothing is ever unpickled."""
+"""The safetensors files of a checkpoint: found, checked and opened. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from deepserve.errors import AskError
@@ -17,30 +16,13 @@ Headers = dict[str, tuple[Path, tuple[int, ...]]]  # tensor name -> its file and
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-class Shard:
-    """One open safetensors file. Memory-mapped: a tensor's pages go when the tensor and the shard are dropped."""
-
-    def __init__(self, file: Path):
-        try:
-            self._open = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise AskError(
-                f"cannot be read: {error}", field=f"file {file.name}", hint="it is truncated or broken: copy it again"
-            ) from None
-        self.file = file
-
-    def names(self) -> list[str]:
-        """Its tensors."""
-        return list(self._open.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
-        return tuple(self._open.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
-        tensor: torch.Tensor = self._open.get_tensor(name)
-        return tensor
+def open_shard(file: Path) -> Any:
+    """One safetensors file, memory-mapped: a tensor's pages go when it and the file are dropped. AskError if broken."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        hint = "it is truncated or broken: copy it again"
+        raise AskError(f"cannot be read: {error}", field=f"file {file.name}", hint=hint) from None
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -97,18 +79,9 @@ def read_headers(files: list[Path]) -> Headers:
     """Every tensor's file and shape, from the headers alone. AskError where a file is broken or a name is twice."""
     found: Headers = {}
     for file in files:
-        shard = Shard(file)
-        for name in shard.names():
+        shard = open_shard(file)
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
             if name in found:
                 raise AskError(f"is in {found[name][0].name} and in {file.name}", field=f"tensor {name}")
-            found[name] = (file, shard.shape(name))
+            found[name] = (file, tuple(shard.get_slice(name).get_shape()))
     return found
-
-
-def stream(files: list[Path]) -> Iterator[tuple[Shard, str]]:
-    """Every shard with each of its tensors' names; one shard is open at a time."""
-    for file in files:
-        shard = Shard(file)
-        for name in shard.names():
-            yield shard, name
-        del shard

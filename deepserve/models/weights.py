@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from deepserve.errors import AskError
 from deepserve.layers.linear import Fp8Linear
 from deepserve.layers.norm import RmsNorm
 from deepserve.models.decoder import Decoder
-from deepserve.models.shards import Headers, Shard, find_shards, read_headers, stream
+from deepserve.models.shards import Headers, find_shards, open_shard, read_headers
 from deepserve.ops.dequant_fp8_block.spec import BLOCK, dequant_fp8_block
 
 SCALE = "_scale_inv"  # X.weight_scale_inv multiplies X.weight, despite the name
@@ -28,8 +29,9 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     headers = read_headers(files)
     targets = {slot.name: slot.target for slot in model.slots()}
     _check(model, targets, {name: shape for name, (_, shape) in headers.items()})
-    for shard, name in stream(files):
-        if name in targets:
+    for file in files:
+        shard = open_shard(file)  # one at a time
+        for name in filter(targets.__contains__, shard.keys()):
             _fill(targets[name], shard, name, headers)
 
 
@@ -63,22 +65,24 @@ def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more: {', '.join(rest)}{' ...' if len(names) > 4 else ''})" if rest else ""
 
 
-def _scale(headers: Headers, shard: Shard, name: str) -> torch.Tensor:
-    """The scale of an FP8 weight, which may lie in another shard."""
+def _scale(headers: Headers, shard: Any, weight: str) -> torch.Tensor:
+    """The scale of an FP8 weight of this shard; it may lie in another one."""
+    name = weight + SCALE
     if name not in headers:
         raise AskError("is missing from the checkpoint, and its weight is FP8", field=f"tensor {name}")
     file = headers[name][0]
-    return (shard if file == shard.file else Shard(file)).tensor(name).float()
+    scale: torch.Tensor = (shard if file == headers[weight][0] else open_shard(file)).get_tensor(name)
+    return scale.float()
 
 
-def _fill(target: torch.Tensor, shard: Shard, name: str, headers: Headers) -> None:
+def _fill(target: torch.Tensor, shard: Any, name: str, headers: Headers) -> None:
     """Copies one tensor to its place; dequantises FP8 where the place is not FP8."""
-    tensor = shard.tensor(name)
+    tensor: torch.Tensor = shard.get_tensor(name)
     is_fp8, wants_fp8 = tensor.dtype == torch.float8_e4m3fn, target.dtype == torch.float8_e4m3fn
     if wants_fp8 and not is_fp8:
         raise AskError(f"is {tensor.dtype}, expected FP8", field=f"tensor {name}", hint="leave FP8 linears off")
     if is_fp8 and not wants_fp8:
-        tensor = dequant_fp8_block(tensor, _scale(headers, shard, name + SCALE), target.dtype)
+        tensor = dequant_fp8_block(tensor, _scale(headers, shard, name), target.dtype)
     elif not is_fp8 and tensor.dtype not in FLOATS:
         raise AskError(f"is {tensor.dtype}", field=f"tensor {name}", hint="served: fp32, fp16, bf16, and FP8 in blocks")
     with torch.no_grad():
