@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepserve.errors import AskError
+from deepserve.json_file import read_object
 
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -141,13 +141,7 @@ def load_architecture(path: str | Path) -> Architecture:
         file = file / "config.json"
     if not file.is_file():
         raise AskError(f"{file} does not exist", field="model", hint="give a directory that holds config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AskError(f"{file} is not valid JSON: {error}", field="model", hint="copy the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise AskError(f"{file} holds a {type(config).__name__}, not an object", field="model")
-    return read_architecture(config)
+    return read_architecture(read_object(file, "model"))
 
 
 class _Keys:

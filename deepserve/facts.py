@@ -13,6 +13,7 @@ from deepserve.architecture import Architecture, load_architecture, read_archite
 from deepserve.config import Config
 from deepserve.errors import AskError
 from deepserve.hardware import Hardware, this_cpu, this_machine
+from deepserve.json_file import read_object
 from deepserve.ops.inventory import KernelInfo, inventory
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
@@ -95,17 +96,5 @@ def read_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
         path=str(path),
         has_tokenizer=((tokenizer or path) / "tokenizer.json").is_file(),
         has_weights=any(path.glob("*.safetensors")),
-        generation_config=_generation_config(path / "generation_config.json"),
+        generation_config=read_object(path / "generation_config.json", "model"),
     )
-
-
-def _generation_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AskError(f"{file} is not valid JSON: {error}", field="model") from None
-    if not isinstance(config, dict):
-        raise AskError(f"{file} holds no object", field="model")
-    return config

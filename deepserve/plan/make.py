@@ -18,15 +18,9 @@ from deepserve.plan.sizes import choose_sizes, size_choices
 from deepserve.sampling_params import SamplingParams
 
 DTYPE_NAMES = {
-    "bfloat16": "bf16",
-    "bf16": "bf16",
-    "float16": "fp16",
-    "half": "fp16",
-    "fp16": "fp16",
-    "float32": "fp32",
-    "float": "fp32",
-    "fp32": "fp32",
-}
+    "bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "half": "fp16", "fp16": "fp16", "float32": "fp32",
+    "float": "fp32", "fp32": "fp32",
+}  # fmt: skip
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -234,5 +228,5 @@ def _blockers(config: Config, facts: Facts) -> list[Blocker]:
     if not facts.checkpoint.has_weights and config.load_format != "dummy":
         where = facts.checkpoint.path or config.model
         hint = "download the checkpoint" + (", or --load-format dummy" if facts.checkpoint.path else "")
-        found.append(Blocker("model", f"{where} has no *.safetensors", hint))
+        found.append(Blocker("model", f"{where} has no *.safetensors, and pickled weights are never loaded", hint))
     return found

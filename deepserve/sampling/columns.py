@@ -33,17 +33,9 @@ class SamplingColumns:
     @classmethod
     def empty(cls, num_rows: int) -> SamplingColumns:
         """Columns of greedy rows."""
-        columns = cls(
-            needs=np.zeros(num_rows, np.int32),
-            temperature=np.zeros(num_rows, np.float32),
-            top_k=np.zeros(num_rows, np.int64),
-            top_p=np.zeros(num_rows, np.float64),
-            min_p=np.zeros(num_rows, np.float64),
-            presence=np.zeros(num_rows, np.float32),
-            frequency=np.zeros(num_rows, np.float32),
-            repetition=np.zeros(num_rows, np.float32),
-            seed=np.zeros(num_rows, np.uint64),
-        )
+        f32, f64 = np.float32, np.float64
+        dtypes = (np.int32, f32, np.int64, f64, f64, f32, f32, f32, np.uint64)
+        columns = cls(*(np.zeros(num_rows, dtype) for dtype in dtypes))
         columns.clear(slice(None))
         return columns
 

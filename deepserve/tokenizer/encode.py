@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from deepserve.errors import AskError
+from deepserve.json_file import read_object
 from deepserve.tokenizer.template import ChatTemplate, pick_template
 
 TOO_LONG_HINT = "shorten the prompt or raise --max-model-len"
@@ -51,7 +51,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
             raise AskError(f"{file} cannot be read: {error}", field="tokenizer") from None
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", "tokenizer")
         return cls(backend, config, pick_template(folder, config))
 
     @cached_property
@@ -155,18 +155,6 @@ class Tokenizer:
             )
         variables = {**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt}
         return self.templates[name].render(messages, continue_final_message, variables)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AskError(f"{file} is not valid JSON: {error}", field="tokenizer") from None
-    if not isinstance(config, dict):
-        raise AskError(f"{file} holds a {type(config).__name__}, not an object", field="tokenizer")
-    return config
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
