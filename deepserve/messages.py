@@ -60,6 +60,7 @@ class RequestDelta:
     scheduled_time: float = 0.0  # when it first got into a batch (time.time)
     num_preemptions: int = 0
     error: str | None = None
+    error_status: int = 500  # what an HTTP door answers with it: 4xx where the engine refused the request
 
 
 @dataclass(slots=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +48,17 @@ def start_engine_process(plan: Plan, directory: str, build: Build | None = None)
     process = context.Process(
         target=engine_process, args=(plan, directory, level, build), name="deepserve-engine", daemon=True
     )
-    process.start()
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a terminal sends it to all, and the parent
+    process.start()  # says what is to be done
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return process
 
 
 def engine_process(plan: Plan, directory: str, log_level: str, build: Build | None) -> None:
     """The whole life of an engine process; ends with exit code 0 when told to stop, 1 when the engine cannot go on."""
     setup(log_level, "engine")
-    threading.Thread(target=_watch_parent, name="watch-parent", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent says what is to be done
+    threading.Thread(target=_watch_parent, args=(directory,), name="watch-parent", daemon=True).start()
     end = EngineEnd(directory)
     try:
         if build is None:
@@ -121,9 +125,10 @@ class EngineLoop:
                 raise AskError("the engine is draining", status=503, code="draining")
             self.engine.add(new)
         except Exception as error:
+            status = getattr(error, "status", 500)
             if not isinstance(error, AskError):
                 log.exception("request %s could not be added", new.request_id)
-            refusal = RequestDelta(new.request_id, [], finish_reason="error", error=str(error))
+            refusal = RequestDelta(new.request_id, [], finish_reason="error", error=str(error), error_status=status)
             self._end.send(StepOutput([refusal], self.engine.stats()))
 
     def _control(self, control: Control) -> None:
@@ -150,10 +155,11 @@ class EngineLoop:
                 self._end.send(ControlDone(ticket, True))
 
 
-def _watch_parent() -> None:
-    """Ends this process, whatever it is doing, as soon as the parent is gone: an engine without a server is a leak."""
+def _watch_parent(directory: str) -> None:
+    """Ends this process, whatever it is doing, as soon as the parent is gone, and removes the sockets' directory."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        shutil.rmtree(directory, ignore_errors=True)
         os.write(2, b"ERROR [engine] the server process is gone: leaving\n")
         os._exit(1)

@@ -90,8 +90,8 @@ class Generation:
 
     def fail(self, message: str) -> None:
         """End what has not ended with an error."""
+        failure = RequestDelta("", [], finish_reason="error", error=message, error_status=503)
         for choice in self.choices:
-            failure = RequestDelta(choice.request.request_id, [], finish_reason="error", error=message)
             self._deltas.put_nowait((choice, failure))
 
     def _abort(self, reason: str) -> None:
@@ -130,7 +130,7 @@ class Generation:
         if delta.finish_reason == "error":
             choice.finish_reason = "error"
             self._exporter.finish(choice.timeline, "error")
-            raise AskError(delta.error or "the engine failed on this request", status=500)
+            raise AskError(delta.error or "the engine failed on this request", status=delta.error_status)
         piece = choice.decoder.push(delta)
         if delta.prompt_logprobs is not None:
             choice.prompt_logprobs = delta.prompt_logprobs

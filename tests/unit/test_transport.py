@@ -213,6 +213,7 @@ def test_an_engine_process_serves_many_requests_and_verbs():
         for new in asked:
             assert answers.tokens(new.request_id) == undisturbed(new, 12, EOS)[0]
         assert (last["bad"].finish_reason, "vocabulary" in last["bad"].error) == ("error", True)
+        assert last["bad"].error_status == 400  # the asker's fault, not the engine's
         assert client.stats.num_prefix_hits > 0
         assert await client.reset_prefix_cache()
         answers.add(ask("long", [1], max_tokens=60, ignore_eos=True))
@@ -347,9 +348,25 @@ def test_an_engine_does_not_outlive_its_server():
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _runs(pid)
-    for name in ("to_engine", "to_client"):
-        (Path(directory) / name).unlink(missing_ok=True)
-    Path(directory).rmdir()
+    assert not Path(directory).exists()
+
+
+def test_a_terminals_interrupt_does_not_meet_a_starting_engine():
+    """Ctrl-C goes to every process of a terminal; what is to be done is the server's decision."""
+
+    async def live():
+        client = ProcessClient()
+        starting = asyncio.create_task(client.start(plan_of(), build=build))
+        while client._process is None:
+            await asyncio.sleep(0)
+        for _ in range(100):
+            os.kill(client._process.pid, signal.SIGINT)
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(starting, 60)
+        assert client.alive
+        await client.shutdown()
+
+    asyncio.run(live())
 
 
 def _runs(pid: int) -> bool:
