@@ -23,6 +23,7 @@ _KINDS = {
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("invalid_request_error", "timeout"),
     413: ("invalid_request_error", "body_too_large"),
+    415: ("invalid_request_error", "unsupported_encoding"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
     501: ("server_error", "not_supported"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deepserve.errors import AskError
 from deepserve.server import limits
+from deepserve.server.errors import error_response
 
-_REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_REFUSAL = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -27,8 +30,16 @@ class BoundedHttp(HttpToolsProtocol):
         if self._in_headers and known == self._num_events:  # all of it belongs to headers
             self._num_header_bytes += len(data)
             if self._num_header_bytes > limits.MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.transport.write(_REFUSAL)
-                self.transport.close()
+                self._refuse(431, f"the request line and headers take more than {limits.MAX_HEADER_BYTES} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what is not HTTP, in our shape."""
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = error_response(AskError(message, status=status)).body
+        self.transport.write(_REFUSAL % (status, HTTPStatus(status).phrase.encode(), len(body), body))
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         """The parser has seen all headers of a request."""

@@ -91,7 +91,8 @@ class _Life:
         service = self.service
         log.info("DeepServe %s, non-default args: %s", __version__, _without_secrets(service.config))
         if service.config.host is None:
-            log.info("listening on %s (without --host: this machine alone, or all with --api-key)", self.url)
+            who = "everybody who has the --api-key" if service.config.api_key else "this machine alone"
+            log.info("listening on %s, for %s; --host chooses another address", self.url, who)
         print(f"\n{render(service.plan)}\n", file=sys.stderr, flush=True)
         starting = asyncio.create_task(service.client.start(service.plan, self._on_phase))
         stopping = asyncio.create_task(self.stop.wait())

@@ -269,7 +269,7 @@ def _explain(text: str, asked: dict[str, Any], kind: type[Body]) -> AskError:
         return AskError("unknown field", field=_cut(path), hint=hint, code="unknown_field")
     if missing := _MISSING.search(what):
         return AskError("is missing", field=f"{where}.{missing[1]}" if where else missing[1], code="missing_field")
-    what = what[0].lower() + what[1:].replace("`", "")
+    what = "expected text" if what.startswith("Invalid value") else what[0].lower() + what[1:].replace("`", "")
     value = _lookup(asked, where)
     return AskError(f"is {_shown(value)}, {what}" if value is not ... else what, field=_cut(where) or None)
 

@@ -29,6 +29,8 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat gets 
 
 async def read_body(request: Request) -> bytes:
     """The body, refused as soon as it is seen to be too large."""
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise AskError(f"is {encoding[:40]!r}, and bodies are not unpacked", field="Content-Encoding", status=415)
     body = bytearray()
     async for part in request.stream():
         body += part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -116,6 +117,24 @@ def test_a_bad_request_among_good_ones_changes_nothing(server: Server) -> None:
     assert eventually(server.blocks_are_free, 2)
 
 
+def test_packed_bodies_are_refused(server: Server) -> None:
+    body = gzip.compress(b'{"prompt": [7]}')
+    reply = server.http.post("/v1/completions", content=body, headers={"Content-Encoding": "gzip"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (415, "Content-Encoding")
+    assert server.http.post(
+        "/v1/completions", json={"prompt": [7]}, headers={"Content-Encoding": "identity"}
+    ).is_success
+
+
+@pytest.mark.parametrize(("data", "status"), [(b"\x16\x03\x01 hello\r\n\r\n", 400), (b"GET /" + b"a" * 70_000, 431)])
+def test_what_is_not_http_is_refused_in_openais_shape(server: Server, data: bytes, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(data)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
 def test_codes_that_programs_look_at(server: Server) -> None:
     def error(**body: object) -> dict:
         return server.http.post("/v1/completions", json=body).json()["error"]
@@ -211,7 +230,7 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(model, tmp_path
         assert server.terminate() == 0
         reading.join(10)
         assert lines[-1] == "data: [DONE]"
-        assert json.loads(lines[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
 
 
 def test_an_engine_that_is_killed(model, tmp_path) -> None:

@@ -100,6 +100,11 @@ def test_refusals_of_a_chat_name_the_field(fields: dict, name: str) -> None:
     assert refusal({"messages": USER, **fields}, ChatBody).field == name
 
 
+def test_a_part_that_is_no_text_is_told_so() -> None:
+    content = [{"type": "image_url", "image_url": {"url": "x"}}]
+    assert refusal({"messages": [{"role": "user", "content": content}]}, ChatBody).message.endswith("expected text")
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"1", b"null", b'"x"', b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 10**6,
