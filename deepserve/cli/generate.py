@@ -19,12 +19,15 @@ def run(argv: list[str]) -> int:
     """Continue every prompt and print the continuations."""
     config, asked = parse(argv, _parser())
     prompts = _prompts(asked)
+    if not config.model:
+        raise AskError("is missing", field="model", hint="give the directory of a checkpoint")
     from deepserve import LLM, SamplingParams, log
 
     log.setup(config.log_level)
+    given = {name: value for name in (*_SAMPLING, "max_tokens") if (value := getattr(asked, name)) is not None}
+    SamplingParams(**given)  # refused, if at all, before the model is loaded
     llm = LLM(**config.changed())
-    given = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
-    sampling = SamplingParams(**{**llm.plan.default_sampling, **given, "max_tokens": asked.max_tokens})
+    sampling = SamplingParams(**{**llm.plan.default_sampling, **given})
     start = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=len(prompts) > 1)
     seconds = time.perf_counter() - start

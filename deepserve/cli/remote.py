@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import signal
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,15 +47,17 @@ class Remote:
     def stream(self, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer. AskError for an error before or in it."""
         response = self._ask("POST", route, {**body, "stream": True, "stream_options": {"include_usage": True}})
-        for line in response:
-            if line.startswith(b"data:"):
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                event = json.loads(data)
-                if "error" in event:
-                    raise AskError(event["error"].get("message", "the answer ended in an error"))
-                yield event
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for line in response:
+                if line.startswith(b"data:"):
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise AskError(event["error"].get("message", "the answer ended in an error"))
+                    yield event
+        raise AskError("the answer broke off: the connection has ended before [DONE]")
 
     def _ask(self, method: str, route: str, body: Any = None) -> http.client.HTTPResponse:
         try:
@@ -79,12 +81,17 @@ class Remote:
         return connection.getresponse()
 
 
-@contextmanager
-def local_server(config: Config) -> Iterator[Remote]:
-    """A server of this model on a free port of this machine, stopped at the end; its log is shown only if it fails."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def local_server(config: Config) -> Iterator[Remote]:
+    """A server of this model on a free port of this machine, stopped at the end; its log is shown only if it fails."""
+    port = free_port()
     asked = {**config.changed(), "host": "127.0.0.1", "port": port}
     asked.pop("api_key", None)
     with tempfile.TemporaryDirectory(prefix="deepserve-") as folder, Path(folder, "log").open("w+b") as output:

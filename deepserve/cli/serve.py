@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from deepserve.cli.flags import config_from_args
@@ -40,7 +41,8 @@ def bind(config: Config) -> socket.socket:
     except socket.gaierror as error:
         raise AskError(f"{host} is no address of this machine: {error.strerror}", field="host") from None
     except OSError as error:
-        in_use = error.errno in (98, 48)
+        in_use = error.errno == errno.EADDRINUSE
         hint = "another process listens there; choose another --port, 0 takes a free one" if in_use else None
-        raise AskError(f"cannot listen on {host}:{config.port}: {error.strerror}", field="port", hint=hint) from None
+        field = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise AskError(f"cannot listen on {host}:{config.port}: {error.strerror}", field=field, hint=hint) from None
     return listener

@@ -92,7 +92,7 @@ def test_a_truncated_shard(broken: Path) -> None:
 
 def test_a_pickle_checkpoint(broken: Path) -> None:
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    assert "safetensors" in refusal("serve", str(broken), "--port", str(free_port()))
+    assert "pickled" in refusal("serve", str(broken), "--port", str(free_port()))
 
 
 def test_a_missing_tensor(broken: Path) -> None:
@@ -116,6 +116,9 @@ def test_impossible_flags(model) -> None:
     assert "max_num_seqs" in refusal("serve", str(model), "--max-num-seqs", "0")
     assert "port" in refusal("serve", str(model), "--port", "70000")
     assert "host" in refusal("serve", str(model), "--host", "256.0.0.1")
+    assert "error: host: " in refusal("serve", str(model), "--host", "192.0.2.1", "--port", str(free_port()))
+    assert "model: is missing" in refusal("generate", "-p", "x")
+    assert "weights" not in refusal("generate", str(model), "-p", "x", "--temperature", "-1")  # said before loading
     assert "max_model_len" in refusal("serve", str(model), "--max-model-len", "1000000")
 
 
