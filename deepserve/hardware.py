@@ -39,11 +39,6 @@ class Hardware:
         return "cpu" if self.kind == "cpu" else "cuda"
 
     @property
-    def fp8_format(self) -> str:
-        """The e4m3 that its matrix units read: e4m3fnuz on gfx942, e4m3fn elsewhere."""
-        return "e4m3fnuz" if self.arch == "gfx942" else "e4m3fn"
-
-    @property
     def available_bytes(self) -> int:
         """Bytes of one device that can be had now."""
         return self.memory_bytes if self.free_bytes is None else min(self.free_bytes, self.memory_bytes)

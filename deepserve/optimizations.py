@@ -23,7 +23,7 @@ class Row:
     """One optimization. `counter` says what engine.counters[name] counts: a row that is on and counts nothing is INERT.
 
     default: "on" wherever it is possible, "gpu" only there, or "off". needs(facts, dtype) is None or why not.
-    requires and conflicts name other rows. `kernels` may only be chosen while the row is on; `fuses` names the op that
+    `requires` names rows above it. `kernels` may only be chosen while the row is on; `fuses` names the op that
     the graph rewriting may put in; `field` is the Config field that switches the row as well.
     """
 
@@ -34,7 +34,6 @@ class Row:
     default: str = "on"
     needs: Callable[[Facts, str], str | None] = lambda facts, dtype: None
     requires: tuple[str, ...] = ()
-    conflicts: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     fuses: str | None = None
     field: str | None = None
@@ -138,7 +137,7 @@ def decide(config: Config, facts: Facts, dtype: str) -> dict[str, Decision]:
     asked = _asked(config)
     decisions: dict[str, Decision] = {}
     for row in TABLE:
-        why_not = _why_not(row, facts, dtype, asked, decisions)
+        why_not = _why_not(row, facts, dtype, decisions)
         want = asked.get(row.name)
         if want and why_not:
             raise AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or --off {row.name}")
@@ -171,15 +170,12 @@ def _asked(config: Config) -> dict[str, bool]:
     return asked
 
 
-def _why_not(row: Row, facts: Facts, dtype: str, asked: dict[str, bool], decided: dict[str, Decision]) -> str | None:
+def _why_not(row: Row, facts: Facts, dtype: str, decided: dict[str, Decision]) -> str | None:
     if sentence := row.needs(facts, dtype):
         return sentence
     for name in row.requires:
         if not decided[name].on:
             return f"{name} is off"
-    for name in row.conflicts:
-        if asked.get(name) or (name in decided and decided[name].on):
-            return f"{name} is on"
     if row.kernels:
         infos = [info for room in facts.inventory.values() for info in room if info.name in row.kernels]
         reasons = [info.needs(facts.hardware, dtype) for info in infos]

@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MACHINE = this_machine()
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-FOREIGN_FP8 = FP8[:1] if MACHINE.fp8_format == "e4m3fnuz" else FP8[1:]
+FOREIGN_FP8 = FP8[:1] if MACHINE.arch == "gfx942" else FP8[1:]
 if DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     FOREIGN_FP8 = ()  # this interpreter knows both
 

@@ -227,9 +227,10 @@ def test_kernels_follow_the_machine_and_the_switches() -> None:
 
 
 def test_fusions_are_the_rows_that_are_on() -> None:
-    assert plan().fusions == {row.fuses for row in ROWS.values() if row.fuses and not row.requires}
+    fusions = [row for row in ROWS.values() if row.fuses]
+    assert plan().fusions == {row.fuses for row in fusions if "fp8_linear" not in row.requires}
     made = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8, on=("fp8_linear",))
-    assert made.fusions == {row.fuses for row in ROWS.values() if row.fuses}
+    assert made.fusions == {row.fuses for row in fusions if "packed_linear" not in row.requires}
 
 
 @pytest.mark.parametrize(
