@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -49,7 +49,10 @@ async def completions(request: Request) -> Response:
     sampling = protocol.sampling_params(body, service.plan.default_sampling)
     check_sampling(sampling, len(prompts), body.priority, service.plan)
     special = body.add_special_tokens is not False
-    ids = [await _encode(service, prompt, special) for prompt in prompts]
+    ids = []
+    for index, prompt in enumerate(prompts):
+        with _naming(index, len(prompts)):
+            ids.append(await _encode(service, prompt, special))
     order = await _order(service, ids, sampling, body)
     echoes = []
     if body.echo:
@@ -76,6 +79,16 @@ async def chat_completions(request: Request) -> Response:
     return await _answer(request, service, order, replies)
 
 
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Says in an error which one of several prompts it is about."""
+    try:
+        yield
+    except AskError as error:
+        error.field = f"prompt[{index}]" if error.field == "prompt" and count > 1 else error.field
+        raise
+
+
 async def _encode(service: Service, prompt: str | list[int], special: bool) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
@@ -94,7 +107,10 @@ async def _order(
     if sampling.bad_words:
         encode = service.text_tokenizer("bad_words").encode_bad_words
         sampling.bad_words_ids = await service.in_thread(encode, sampling.bad_words)
-    lengths = [check_prompt(prompt, sampling, default, service.plan) for prompt in prompts]
+    lengths = []
+    for index, prompt in enumerate(prompts):
+        with _naming(index, len(prompts)):
+            lengths.append(check_prompt(prompt, sampling, default, service.plan))
     check_work(prompts, lengths, sampling)
     echo_only = body.asked_max_tokens == 0
     return Order(prompts, lengths, sampling, time.time(), body.priority or 0, body.cache_salt, echo_only)

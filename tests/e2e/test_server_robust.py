@@ -145,6 +145,7 @@ def test_codes_that_programs_look_at(server: Server) -> None:
         assert str(CONTEXT) in found["message"] and found["hint"]
     assert error(prompt=[7], model="x")["code"] == "model_not_found"
     assert error(prompt=[400])["param"] == "prompt"
+    assert error(prompt=[[7], [400]])["param"] == error(prompt=[[7], [7] * CONTEXT])["param"] == "prompt[1]"
     assert "400" in error(prompt=[400])["message"] and "320" in error(prompt=[400])["message"]
     assert server.http.get("/nowhere").json()["error"]["type"] == "not_found_error"
     reply = server.http.get("/v1/completions")
