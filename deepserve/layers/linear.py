@@ -67,7 +67,7 @@ class Fp8Linear(Linear):
                 raise AskError(
                     f"has {rows} rows; FP8 linears stack multiples of {BLOCK}",
                     field=f"tensor {name}.weight",
-                    hint="leave FP8 linears off: weights are then dequantised as they are loaded",
+                    hint="leave fp8_linear off: weights are then dequantised as they are loaded",
                 )
         self.dtype, self.power_of_two = make.dtype, make.fp8 is not None and make.fp8.power_of_two_scales
         self.weight = make.parameter(*self.weight.shape, dtype=torch.float8_e4m3fn)

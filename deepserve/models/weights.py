@@ -80,7 +80,7 @@ def _fill(target: torch.Tensor, shard: Any, name: str, headers: Headers) -> None
     tensor: torch.Tensor = shard.get_tensor(name)
     is_fp8, wants_fp8 = tensor.dtype == torch.float8_e4m3fn, target.dtype == torch.float8_e4m3fn
     if wants_fp8 and not is_fp8:
-        raise AskError(f"is {tensor.dtype}, expected FP8", field=f"tensor {name}", hint="leave FP8 linears off")
+        raise AskError(f"is {tensor.dtype}, expected FP8", field=f"tensor {name}", hint="leave fp8_linear off")
     if is_fp8 and not wants_fp8:
         tensor = dequant_fp8_block(tensor, _scale(headers, shard, name), target.dtype)
     elif not is_fp8 and tensor.dtype not in FLOATS:
