@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -244,6 +244,8 @@ def _readable(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Lo
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt (a text, a dict, or a list of token ids) becomes a list of one."""
+    if not isinstance(prompts, Iterable):
+        raise AskError(f"is a {type(prompts).__name__}", field="prompts", hint="a text, or a list of prompts")
     if isinstance(prompts, str | dict) or (prompts and all(isinstance(item, int) for item in prompts)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

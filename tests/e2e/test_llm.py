@@ -186,6 +186,7 @@ def test_chat_is_generate_on_the_rendered_text(llm: LLM) -> None:
     "prompts, params, problem",
     [
         (["fine", {"text": "x"}], None, r"prompts\[1\].prompt: has \['text'\]"),
+        (None, None, "prompts: is a NoneType"),
         ([[5], []], None, r"prompts\[1\].prompt: is empty"),
         ([[5], [5, 320]], None, r"prompts\[1\].prompt: token id 320"),
         ([[5], [True]], None, r"prompts\[1\]"),
