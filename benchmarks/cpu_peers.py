@@ -60,15 +60,19 @@ class Worker:
         start = time.perf_counter()
         self.ready = self._answer(timeout=600)
         self.start_seconds = time.perf_counter() - start
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def ask(self, **question) -> dict:
-        """Send one question and wait for its answer."""
+        """Send one question and wait for its answer. Between questions the engine is stopped: some spin while idle."""
+        os.killpg(self._process.pid, signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Missing(self._last_words()) from None
-        return self._answer(timeout=300)
+        answer = self._answer(timeout=300)
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return answer
 
     def _answer(self, timeout: float) -> dict:
         late = threading.Timer(timeout, self.stop)

@@ -33,7 +33,10 @@ class RequestLimits:
         )
 
     def admit(self, new: NewRequest, num_open: int) -> Request:
-        """The request as the scheduler knows it; AskError where it cannot be served. max_tokens ends at the context."""
+        """The request as the scheduler knows it; AskError where it cannot be served.
+
+        Without max_tokens it may go on to the end of the context.
+        """
         num_prompt_tokens, sampling = len(new.prompt_token_ids), new.sampling
         room = self.max_model_len - num_prompt_tokens
         if self.max_open_requests is not None and num_open >= self.max_open_requests:
@@ -49,13 +52,15 @@ class RequestLimits:
                 hint=f"at most {self.max_model_len - 1}, so that one more fits",
                 code="context_length_exceeded",
             )
-        if sampling.min_tokens > room:
-            raise AskError(
-                f"is {sampling.min_tokens}, the context of {self.max_model_len} has room for {room} after the prompt",
-                field="min_tokens",
-                hint=f"at most {room}",
-                code="context_length_exceeded",
-            )
+        for name in ("min_tokens", "max_tokens"):
+            if (getattr(sampling, name) or 0) > room:
+                raise AskError(
+                    f"is {getattr(sampling, name)}; after a prompt of {num_prompt_tokens} tokens the context of "
+                    f"{self.max_model_len} has room for {room}",
+                    field=name,
+                    hint=f"ask for at most {room}",
+                    code="context_length_exceeded",
+                )
         self._check_ids("prompt", new.prompt_token_ids)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", sampling.logit_bias)
@@ -67,7 +72,7 @@ class RequestLimits:
             list(new.prompt_token_ids),
             num_prompt_tokens,
             sampling,
-            room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            sampling.max_tokens or room,
             new.arrival_time,
             new.priority,
             new.cache_salt,

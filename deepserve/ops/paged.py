@@ -33,6 +33,30 @@ def visible(query_len: int, context_len: int, window: int | None, device: torch.
     return seen if window is None else seen & (columns > rows - window)
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [H, G, Lq, D] of the last Lq tokens, k [H, L, D], v [H, L, Dv] of all -> [H, G, Lq, Dv]; for a CPU.
+
+    A chunk of queries at a time against the keys up to its last: scores stay in the cache of the core, and most of what
+    the mask would hide is never computed. Scores are rounded to the dtype, as transformers' eager attention does.
+    """
+    heads, groups, query_len, dim = q.shape
+    first = k.shape[1] - query_len
+    size = min(max(GATHER_BYTES // (heads * groups * k.shape[1] * q.element_size()), 32), 128)
+    hidden = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    nothing = q.new_zeros(1, 1, 1)
+    out = q.new_empty(heads, groups, query_len, v.shape[2])
+    for start in range(0, query_len, size):
+        rows = min(size, query_len - start)
+        seen = first + start + rows
+        chunk = q[:, :, start : start + rows].reshape(heads, groups * rows, dim)
+        scores = torch.baddbmm(nothing, chunk, k[:, :seen].transpose(1, 2), beta=0, alpha=scale)
+        scores = scores.view(heads, groups, rows, seen)
+        scores[..., seen - rows :].masked_fill_(hidden[:rows, :rows], -torch.inf)
+        weights = scores.softmax(-1).view(heads, groups * rows, seen)
+        out[:, :, start : start + rows] = torch.bmm(weights, v[:, :seen]).view(heads, groups, rows, -1)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """One-token requests of similar context, padded to the longest: what is gathered and multiplied at a time.

@@ -16,21 +16,10 @@ from deepserve.server import limits
 def check_prompt(prompt: list[int], sampling: SamplingParams, default: int | None, plan: Plan) -> int:
     """The number of tokens to generate after this prompt: what was asked, or the default as far as the context goes.
 
-    Asks what the engine will ask, before anything is sent to it; and refuses a max_tokens that the engine would cut.
+    Asks what the engine will ask, before anything is sent to it.
     """
-    asked = RequestLimits.of(plan)
-    room = asked.admit(NewRequest("", prompt, dataclasses.replace(sampling, max_tokens=None), 0.0), 0).max_tokens
-    if sampling.max_tokens is None:
-        return min(room, max(default or room, sampling.min_tokens))
-    if sampling.max_tokens > room:
-        raise AskError(
-            f"is {sampling.max_tokens}; after a prompt of {len(prompt)} tokens the context of {asked.max_model_len} "
-            f"has room for {room}",
-            field="max_tokens",
-            hint=f"ask for at most {room}",
-            code="context_length_exceeded",
-        )
-    return sampling.max_tokens
+    room = RequestLimits.of(plan).admit(NewRequest("", prompt, sampling, 0.0), 0).max_tokens
+    return sampling.max_tokens or min(room, max(default or room, sampling.min_tokens))
 
 
 def check_vocabulary(name: str, token_ids: Iterable[int], plan: Plan) -> None:

@@ -78,7 +78,11 @@ class Tokenizer:
         return bool(ids) and ids[0] == self.bos_token_id, bool(ids) and ids[-1] == self.eos_token_id
 
     def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
-        """Token ids of `text`; `max_tokens` refuses a text that cannot fit, before the work of encoding it is done."""
+        """Token ids of `text`. With `max_tokens` it is a prompt: refused where it is empty, and where it cannot fit
+        before the work of encoding it is done.
+        """
+        if max_tokens is not None and not text:
+            raise AskError("is empty", field="prompt", hint="at least one character")
         if max_tokens is not None and len(text) > max_tokens * self.max_token_chars:
             raise AskError(
                 f"the text has {len(text)} characters; {max_tokens} tokens hold at most "

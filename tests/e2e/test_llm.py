@@ -140,12 +140,16 @@ def test_stop_tokens_min_tokens_and_max_tokens(llm: LLM) -> None:
 
 def test_the_context_ends_an_answer(checkpoint) -> None:
     llm = LLM(checkpoint("llama"), max_model_len=32)
-    params = [_greedy(max_tokens=None), _greedy(max_tokens=1000), _greedy(max_tokens=3)]
+    params = [_greedy(max_tokens=None), _greedy(max_tokens=7), _greedy(max_tokens=3)]
     outputs = llm.generate([list(range(5, 30))] * 3, params, use_tqdm=False)
     assert [len(tokens) for tokens in _tokens(outputs)] == [7, 7, 3]
     assert {answer.finish_reason for output in outputs for answer in output.outputs} == {"length"}
-    (full,) = llm.generate([list(range(5, 36))], _greedy(), use_tqdm=False)
+    (full,) = llm.generate([list(range(5, 36))], _greedy(max_tokens=None), use_tqdm=False)
     assert len(full.outputs[0].token_ids) == 1
+    with pytest.raises(AskError, match=r"prompts\[1\].max_tokens: is 8; .* has room for 7"):
+        llm.generate([[5], list(range(5, 30))], _greedy(max_tokens=8), use_tqdm=False)
+    with pytest.raises(AskError, match="is empty"):
+        llm.generate("", _greedy(), use_tqdm=False)
     with pytest.raises(AskError, match=r"prompts\[1\]"):
         llm.generate([[5], list(range(5, 37))], _greedy(), use_tqdm=False)
 

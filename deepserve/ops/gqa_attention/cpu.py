@@ -1,4 +1,4 @@
-"""Attention on a CPU: decoding requests in a few batched products, long rows through torch's flash kernel.
+"""Attention on a CPU: decoding requests in a few batched products, long rows chunk by chunk.
 
 Needs a CPU. K/V rows are gathered into a buffer that stays in the cache of the core, so memory is read once.
 """
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from deepserve.ops.op import Kernel
-from deepserve.ops.paged import Group, context_slots, decode_groups, visible
+from deepserve.ops.paged import Group, causal_attention, context_slots, decode_groups, visible
 from deepserve.runner.batch import Batch
 
 # One product over all K/V heads at once (queries padded with zeros to block-diagonal rows) does Nkv times the FLOPs in
@@ -89,12 +89,12 @@ def _long(
     first = 0 if window is None else max(0, len(slots) - query_len - window + 1)
     slots = slots[first:]
     kv_rows = _kv_rows(slots, block_size)
-    k, v = (rows.index_select(0, which).view(1, len(slots), -1, dim).transpose(1, 2) for which in kv_rows)
-    whole = window is None and len(slots) == query_len
-    mask = None if whole else visible(query_len, len(slots), window, q.device)
-    y = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
-    )
+    k, v = (rows.index_select(0, which).view(len(slots), -1, dim).transpose(0, 1) for which in kv_rows)
+    queries = q.transpose(0, 1)
+    if window is None:
+        return causal_attention(queries.unflatten(0, (len(k), -1)), k, v, scale).flatten(0, 1).transpose(0, 1)
+    seen = visible(query_len, len(slots), window, q.device)
+    y = F.scaled_dot_product_attention(queries[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True)
     return y[0].transpose(0, 1)
 
 

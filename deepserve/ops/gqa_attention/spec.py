@@ -41,6 +41,7 @@ def _cost(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, wind
         _case("single", [1, 1, 1], [1, 17, 40], (6, 2, 16, 4)),
         _case("long", [7, 33], [7, 50], (4, 4, 32, 16)),
         _case("mixed", [1, 1, 5, 20], [3, 64, 9, 20], (8, 1, 64, 8)),
+        _case("chunks", [1, 300, 130], [9, 420, 130], (6, 2, 16, 16)),
         _case("window", [1, 1, 30], [5, 40, 45], (6, 3, 16, 16), window=8),
         _case("decode_40", [1] * 40, [i * 7 % 120 + 1 for i in range(40)], (9, 3, 64, 16)),
         _case("decode_32", [1] * 32, [64 * (i + 1) for i in range(32)], (9, 3, 64, 16)),

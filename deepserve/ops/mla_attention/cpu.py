@@ -1,4 +1,4 @@
-"""Latent attention on a CPU: decoding requests in a few batched products, long rows through torch's flash kernel.
+"""Latent attention on a CPU: decoding requests in a few batched products, long rows chunk by chunk.
 
 Needs a CPU. Latents are gathered into a buffer of bounded size; the keys and values of long rows are made for as many
 heads at a time as fit into another.
@@ -7,10 +7,9 @@ heads at a time as fit into another.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from deepserve.ops.op import Kernel
-from deepserve.ops.paged import Group, context_slots, decode_groups, visible
+from deepserve.ops.paged import Group, causal_attention, context_slots, decode_groups
 from deepserve.runner.batch import Batch
 
 LONG_BYTES = 64 << 20  # keys and values of long rows, made from latents
@@ -44,24 +43,15 @@ def _long(
     q: torch.Tensor, entries: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor, scale: float, out: torch.Tensor
 ) -> None:
     """q [Lq, N, nope + P] of the last Lq tokens, entries [L, R + P] of all; writes out [Lq, N, v]."""
-    length, rank = len(entries), w_uk.shape[2]
+    rank, length = w_uk.shape[2], len(entries)
     latent, k_rope = entries.split([rank, entries.shape[1] - rank], -1)
-    num_heads, nope, _ = w_uk.shape
-    v_dim, width = w_uv.shape[1], q.shape[2]
-    wide = max(width, v_dim)  # the flash kernel wants one width: the narrower side is padded with zeros
-    whole = length == len(q)
-    mask = None if whole else visible(len(q), length, None, q.device)
-    step = max(1, LONG_BYTES // (2 * length * wide * q.element_size()))
-    for head in range(0, num_heads, step):
+    queries = q.transpose(0, 1).unsqueeze(1)
+    step = max(1, LONG_BYTES // (length * (q.shape[2] + w_uv.shape[1]) * q.element_size()))
+    for head in range(0, len(w_uk), step):
         uk, uv = w_uk[head : head + step], w_uv[head : head + step]
-        k = latent.new_zeros(len(uk), length, wide)
-        v = latent.new_zeros(len(uk), length, wide)
-        k[..., :nope] = latent @ uk.transpose(1, 2)
-        k[..., nope:width] = k_rope
-        v[..., :v_dim] = latent @ uv.transpose(1, 2)
-        query = F.pad(q[:, head : head + step], (0, wide - width)).transpose(0, 1)
-        y = F.scaled_dot_product_attention(query[None], k[None], v[None], attn_mask=mask, is_causal=whole, scale=scale)
-        out[:, head : head + step] = y[0, ..., :v_dim].transpose(0, 1)
+        k = torch.cat((latent @ uk.transpose(1, 2), k_rope.expand(len(uk), -1, -1)), -1)
+        y = causal_attention(queries[head : head + step], k, latent @ uv.transpose(1, 2), scale)
+        out[:, head : head + step] = y.squeeze(1).transpose(0, 1)
 
 
 def function(

@@ -46,6 +46,7 @@ def _cost(q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, w_uk:
         _case("single", [1, 1, 1], [1, 17, 40], (4, 16, 8, 32, 24, 4)),
         _case("long", [7, 33], [7, 50], (4, 16, 8, 32, 24, 16)),
         _case("mixed", [1, 1, 5, 20], [3, 64, 9, 20], (2, 32, 16, 64, 16, 8)),
+        _case("chunks", [1, 300, 130], [9, 420, 130], (2, 16, 8, 32, 24, 16)),
         _case("decode_40", [1] * 40, [i * 7 % 120 + 1 for i in range(40)], (4, 16, 64, 256, 16, 16)),
         _case("decode_32", [1] * 32, [64 * (i + 1) for i in range(32)], (16, 128, 64, 512, 128, 16)),
     ),

@@ -32,6 +32,7 @@ def _cost(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inter
         _case(5, 3, 64, True, row=192),
         _case(4, 2, 128, False),
         _case(3, 5, 24, False),
+        _case(1100, 1, 8, False),
         _case(4096, 128, 64, True, row=192, bench=True),
     ),
     tolerance={torch.float32: (1e-5, 1e-6), torch.float16: (1e-3, 1e-6), torch.bfloat16: (8e-3, 1e-6)},
