@@ -69,7 +69,8 @@ class _Engine:
 
 
 def make(model: str, max_model_len: int, **options) -> _Engine:
-    path = Path(model) / "model-bf16.gguf"
+    path = Path(__file__).parents[2] / ".scratch/checkpoints" / f"{Path(model).name}-bf16.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
     newest = max(shard.stat().st_mtime for shard in Path(model).glob("*.safetensors"))
     if not path.exists() or path.stat().st_mtime < newest:
         write_gguf(Path(model), path)
