@@ -71,7 +71,9 @@ def test_what_cannot_be_served_is_refused_by_name(prompt, sampling, field):
 
 def test_the_largest_requests_that_fit_are_served():
     engine = make_engine(num_blocks=16)
-    engine.add(ask("a", [1] * 63, max_tokens=100, ignore_eos=True))
+    with pytest.raises(AskError, match="max_tokens: is 2; .* room for 1"):
+        engine.add(ask("a", [1] * 63, max_tokens=2))
+    engine.add(ask("a", [1] * 63, max_tokens=1, ignore_eos=True))
     engine.add(ask("b", [1], max_tokens=None, ignore_eos=True))
     told = _run(engine)
     assert (len(_tokens(told["a"])), told["a"][-1].finish_reason) == (1, "length")
