@@ -8,7 +8,8 @@ import torch
 
 from deepserve.runner.batch import Batch
 
-GATHER_BYTES = 2 << 20  # what a CPU kernel gathers at a time: it is read again from the cache of the core
+GATHER_BYTES = 8 << 20  # what a CPU kernel gathers at a time: it is read again from the last-level cache
+SCORES_BYTES = 2 << 20  # of a chunk of queries of a long row
 
 
 def context_slots(batch: Batch, request: int) -> torch.Tensor:
@@ -41,7 +42,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     """
     heads, groups, query_len, dim = q.shape
     first = k.shape[1] - query_len
-    size = min(max(GATHER_BYTES // (heads * groups * k.shape[1] * q.element_size()), 32), 128)
+    size = min(max(SCORES_BYTES // (heads * groups * k.shape[1] * q.element_size()), 32), 128)
     hidden = torch.ones(size, size, dtype=torch.bool).triu_(1)
     nothing = q.new_zeros(1, 1, 1)
     out = q.new_empty(heads, groups, query_len, v.shape[2])

@@ -19,15 +19,20 @@ def function(
 ) -> torch.Tensor:
     """moe_experts with packed experts."""
     num_tokens, top_k = ids.shape
-    chosen, order = ids.flatten().sort(stable=True)
-    experts, counts = chosen.unique_consecutive(return_counts=True)
+    if num_tokens == 1:  # nothing to sort
+        chosen = ids[0].tolist()
+        hidden = silu_mul(torch.cat([onednn.function(x, w_gate_up[e], None) for e in chosen]))
+        y = torch.cat([onednn.function(row, w_down[e], None) for row, e in zip(hidden.split(1), chosen)])
+        return torch.mm(weights, y.float()).to(x.dtype)
+    in_order, order = ids.flatten().sort(stable=True)
+    experts, counts = in_order.unique_consecutive(return_counts=True)
     used = experts.tolist()
     rows = x.index_select(0, order // top_k).split(counts.tolist())
     hidden = silu_mul(torch.cat([onednn.function(part, w_gate_up[e], None) for part, e in zip(rows, used)]))
     parts = hidden.split(counts.tolist())
     y = torch.cat([onednn.function(part, w_down[e], None) for part, e in zip(parts, used)])
-    in_order = torch.empty_like(y).index_copy_(0, order, y).view(num_tokens, top_k, -1)
-    return torch.bmm(weights.unsqueeze(1), in_order.float()).squeeze(1).to(x.dtype)
+    y = torch.empty_like(y).index_copy_(0, order, y).view(num_tokens, top_k, -1)
+    return torch.bmm(weights.unsqueeze(1), y.float()).squeeze(1).to(x.dtype)
 
 
 KERNEL = Kernel("moe_experts", "cpu", function, {"w_gate_up": pack, "w_down": pack})
