@@ -71,7 +71,7 @@ def test_what_cannot_be_served_is_refused_by_name(prompt, sampling, field):
 
 def test_the_largest_requests_that_fit_are_served():
     engine = make_engine(num_blocks=16)
-    with pytest.raises(AskError, match="max_tokens: is 2; .* room for 1"):
+    with pytest.raises(AskError, match=r"max_tokens: is 2; .* room for 1"):
         engine.add(ask("a", [1] * 63, max_tokens=2))
     engine.add(ask("a", [1] * 63, max_tokens=1, ignore_eos=True))
     engine.add(ask("b", [1], max_tokens=None, ignore_eos=True))
