@@ -12,11 +12,12 @@ import torch
 from deepserve.dtypes import TORCH_DTYPES
 from deepserve.graph.bind import bind
 from deepserve.graph.trace import trace
+from deepserve.hardware import this_machine
 from deepserve.kv_cache.spec import block_multiple, cache_specs
 from deepserve.kv_cache.tensors import allocate
 from deepserve.layers.caches import place
 from deepserve.models.decoder import Decoder
-from deepserve.ops.inventory import inventory
+from deepserve.ops.inventory import inventory, refusals
 from deepserve.ops.load import load_kernel
 from deepserve.runner.batch import Batch
 
@@ -37,7 +38,8 @@ class Request:
 
 
 class Driver:
-    """`kernels`: eager calls the model itself; others bind its graph to the first of CHOSEN that an op has."""
+    """`kernels`: eager calls the model itself; others bind its graph to the first of CHOSEN that an op has
+    here."""
 
     def __init__(
         self, model: Decoder, kernels: str = "eager", block_size: int = 4, num_blocks: int = 200, num_drafts: int = 0
@@ -55,7 +57,7 @@ class Driver:
         self.free_rings = torch.randperm(NUM_RINGS).tolist()
         self.forward, self.logits = model, model.logits
         if kernels != "eager":
-            chosen = {op: load_kernel(op, _pick(op, kernels)) for op in inventory()}
+            chosen = {op: load_kernel(op, _pick(op, kernels, dtype)) for op in inventory()}
             self.forward, self.logits = (bind(trace(model, method), chosen) for method in ("forward", "logits"))
 
     def step(self, scheduled: list[tuple[Request, int]]) -> list[torch.Tensor]:
@@ -140,6 +142,6 @@ def _nan(cache: torch.Tensor) -> float:
     return 0xFF if cache.dtype == torch.uint8 else torch.nan  # bytes: NaN as e4m3 and as fp32
 
 
-def _pick(op: str, kernels: str) -> str:
-    names = [info.name for info in inventory()[op]]
-    return next((name for name in CHOSEN[kernels] if name in names), "reference")
+def _pick(op: str, kernels: str, dtype: str) -> str:
+    possible = [name for name, why_not in refusals(op, this_machine(), dtype).items() if why_not is None]
+    return next((name for name in CHOSEN[kernels] if name in possible), "reference")

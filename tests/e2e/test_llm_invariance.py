@@ -23,7 +23,7 @@ FEATURES: list[dict] = [
     {"top_k": 9, "temperature": 0.7},
     {"top_p": 0.8, "frequency_penalty": 0.9},
     {"temperature": 0, "repetition_penalty": 1.5, "presence_penalty": 0.5},
-    {"min_p": 0.03, "temperature": 1.6, "stop": ["t", "he"]},
+    {"min_p": 0.1, "temperature": 1.3, "stop": ["t", "he"]},
     {"logit_bias": {7: 5.0, 9: 4.0, 11: 4.5}, "logprobs": 2},
     {"allowed_token_ids": list(range(0, 320, 5)), "top_p": 0.95, "top_k": 30},
     {"temperature": 0, "bad_words_ids": [[7], [44, 45]], "prompt_logprobs": 1},

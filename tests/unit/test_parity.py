@@ -19,18 +19,22 @@ from tests import tiny
 from tests.driver import Driver, Request
 
 LIMIT = 2e-5  # largest |difference| of logits that reach 4 to 5
-LIMITS = {("deepseek-v2", "native"): 2.1e-5}  # experts' sums weigh 16 there: 2.04e-5, the references 1.9e-5
+LIMITS = {"deepseek-v2": 2.5e-5}  # experts' sums weigh 16 there: up to 2.2e-5 in 24 runs of random batches (AVX2)
 KERNELS = ("reference", "cpu") + ("native",) * (needs_native(this_machine(), "fp32") is None)
 LENGTHS = (43, 1, 70, 17, 6, 29)
 
 
 @functools.cache
 def oracle(name: str) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Prompts, the last sharing 24 tokens with the first, and transformers' logits of each."""
+    """Prompts, the last sharing 24 tokens with the first, and transformers' logits of each.
+
+    In fp64, so that only our rounding counts: its own in fp32 moves these logits by up to 1.8e-5.
+    """
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(0, tiny.VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
     prompts[-1][:24] = prompts[0][:24]
-    model = tiny.build_oracle(name)
+    model = tiny.build_oracle(name).double()
+    model.set_experts_implementation("eager")
     with torch.no_grad():
         return prompts, [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
 
@@ -52,9 +56,9 @@ def load(path: Path, **options: bool) -> Decoder:
     return model
 
 
-def check(name: str, request: int, start: int, logits: torch.Tensor, kernels: str = "reference") -> None:
+def check(name: str, request: int, start: int, logits: torch.Tensor) -> None:
     expected = oracle(name)[1][request][start : start + len(logits)]
-    assert (logits - expected).abs().max() <= LIMITS.get((name, kernels), LIMIT)
+    assert (logits - expected).abs().max() <= LIMITS.get(name, LIMIT)
 
 
 @pytest.mark.parametrize("kernels", ("eager", *KERNELS))
@@ -71,7 +75,7 @@ def test_token_by_token(name: str, model: Decoder, kernels: str) -> None:
     for index, prompt in enumerate(oracle(name)[0][:2]):
         request = Request(prompt)
         for position in range(len(prompt)):
-            check(name, index, position, driver.step([(request, 1)])[0], kernels)
+            check(name, index, position, driver.step([(request, 1)])[0])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -86,7 +90,7 @@ def test_random_batches(name: str, model: Decoder, kernels: str) -> None:
         rows = [(r, min(random.choice((1, 1, 2, 5, 20)), len(r.token_ids) - r.num_computed)) for r in waiting]
         starts = [r.num_computed for r in waiting]
         for (request, _), start, logits in zip(rows, starts, driver.step(rows) if rows else ()):
-            check(name, requests.index(request), start, logits, kernels)
+            check(name, requests.index(request), start, logits)
         if rows and preempted < 4 and random.random() < 0.4:
             victim = random.choice(waiting)
             driver.preempt(victim, keep=random.randint(0, victim.num_computed // driver.block_size))
