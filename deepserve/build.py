@@ -31,6 +31,7 @@ from deepserve.log import get_logger
 from deepserve.models.decoder import Decoder
 from deepserve.models.registry import build_model
 from deepserve.models.weights import fill_dummy, load_weights
+from deepserve.ops.launch import OVERLAP
 from deepserve.optimizations import TABLE
 from deepserve.plan import Plan
 from deepserve.recording.recorders import Recorders
@@ -94,6 +95,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         recorders = Recorders(plan, [tensor for spec, tensor in zip(specs, tensors) if not spec.ring])
     for line in plan.log_lines:
         log.info(line)
+    OVERLAP.on, OVERLAP.count = plan.optimizations["overlapped_launches"], 0
     with phase("graph"):
         packed: dict[Any, Any] = {}
         (forward, logits, *mtp), counters = _bind(plan, model, packed, recorders)
@@ -119,6 +121,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         with phase(kind.row):
             graphs.capture()
         runner.forward = graphs
+    counters["overlapped_launches"] = OVERLAP.count
     total = sum(phase.seconds.values())
     log.info("init engine (load model, create kv cache, bind graph, warmup model) took %.2f s", total)
     executor = Executor(runner, plan.async_depth)

@@ -86,6 +86,12 @@ def _recordable(facts: Facts, dtype: str) -> str | None:
     return _no_lengths_on_the_host(facts)
 
 
+def _launches_that_overlap(facts: Facts, dtype: str) -> str | None:
+    hardware = facts.hardware
+    overlaps = hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) >= 90
+    return None if overlaps else f"needs an NVIDIA GPU from Hopper on, and {hardware.name} is none"
+
+
 def _replayable(facts: Facts, dtype: str) -> str | None:
     if facts.hardware.device != "cpu":
         return "steps of a GPU are recorded by its own graphs"
@@ -143,10 +149,18 @@ TABLE = (
     ),
     Row(
         "triton_kernels",
-        "Portable Triton kernels, and the vendor's matrix products, in the place of the references.",
+        "Portable Triton kernels in the place of the references; the vendor's matrix products where those are faster.",
         "tolerance",
         "calls in the graph that such a kernel serves",
-        kernels=("triton", "blas"),
+        kernels=("triton",),
+    ),
+    Row(
+        "overlapped_launches",
+        "A kernel is launched, and loads its weights, while the one before it ends (programmatic dependent launch).",
+        "bitwise",
+        "kernels that were launched so, while the engine was built",
+        needs=_launches_that_overlap,
+        requires=("triton_kernels",),
     ),
     Row(
         "cuda_graphs",
@@ -215,7 +229,9 @@ TABLE = (
     _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
     replace(
         _fusion(
-            "linear_add_rms_norm", "A projection adds the residual to its sums; the norm follows at once.", _PACKED
+            "linear_add_rms_norm",
+            "A projection adds the residual to its sums; the norm follows at once.",
+            f"triton_kernels or {_PACKED}",
         ),
         covers=("fusion_add_rms_norm",),
     ),

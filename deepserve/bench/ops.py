@@ -188,7 +188,7 @@ def _time(op: Op, kernel_name: str, case: Case, dtype: torch.dtype, device: str)
     arguments = case.make(torch.Generator().manual_seed(0), dtype, device)
     cost = op.cost(*arguments)
     given = kernel.packed(op.parameters, arguments)
-    return seconds_of(lambda: kernel.function(*given), device, recordable=kernel_name in ("triton", "blas")), cost
+    return seconds_of(lambda: kernel.function(*given), device, recordable=kernel_name == "triton"), cost
 
 
 def _append(file: Path, timing: Timing, hardware: Hardware, roofline: Roofline, argv: list[str]) -> None:
