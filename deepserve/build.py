@@ -85,7 +85,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         _set_threads(plan.num_threads)
     model = _load_model(plan, device, phase)
     with phase("kv cache"):
-        specs = cache_specs(plan.architecture, plan.kv_dtype, plan.num_drafts, plan.with_mtp)
+        specs = cache_specs(plan.architecture, plan.dtype, plan.num_drafts, plan.with_mtp)
         # A block and a ring that padding rows and steps that are being recorded write to.
         padding = int(any(plan.optimizations[kind.row] for kind in GRAPHS))
         num_blocks, num_rings = plan.num_blocks + padding, plan.memory.num_rings + padding
@@ -100,7 +100,8 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         packed: dict[Any, Any] = {}
         (forward, logits, *mtp), counters = _bind(plan, model, packed, recorders)
         dense = _bind_dense(plan, model, packed, recorders) if plan.optimizations["skip_indexer"] else None
-        counters["fp8_index_keys"] = sum(spec.kind == "index_keys" and spec.dtype == "bytes" for spec in specs)
+        in_fp8 = Counter(spec.kind for spec in specs if spec.dtype == "bytes")
+        counters.update(fp8_kv_cache=in_fp8["mla_latent"], fp8_index_keys=in_fp8["index_keys"])
     argmax, softmax = (recorders.load(op, plan.kernels[op]).function for op in ("argmax", "softmax"))
     vocab_size = plan.architecture.vocab_size
     grammars = Grammars(plan.tokenizer_path, vocab_size, plan.architecture.eos_token_ids)

@@ -82,7 +82,9 @@ class Config:
     block_size: int | None = _knob(
         None, "memory", "tokens in a block of the KV cache", low=1, high=1024, flags=("--page-size",)
     )
-    kv_cache_dtype: str = _knob("auto", "memory", "auto: the dtype that is computed in")
+    kv_cache_dtype: str = _knob(
+        "auto", "memory", "auto: the dtype that is computed in; fp8 or fp8_e4m3: latents in FP8"
+    )
     gpu_memory_utilization: float = _knob(0.92, "memory", "share of a GPU's memory to use", low=0.05, high=1.0)
     kv_cache_memory_bytes: int | None = _knob(
         None, "memory", "bytes of KV cache a device, instead of what is free", low=1

@@ -42,6 +42,11 @@ class Hardware:
         return "cpu" if self.kind == "cpu" else "cuda"
 
     @property
+    def fp8_format(self) -> str:
+        """The FP8 that it has instructions for, by the plan's name (a CPU has none, and takes the common one)."""
+        return "fp8_e4m3fnuz" if self.arch == "gfx942" else "fp8_e4m3fn"
+
+    @property
     def available_bytes(self) -> int:
         """Bytes of one device that can be had now."""
         return self.memory_bytes if self.free_bytes is None else min(self.free_bytes, self.memory_bytes)

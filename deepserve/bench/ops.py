@@ -26,7 +26,7 @@ from deepserve import __version__
 from deepserve.bench.replay import recorded_cases
 from deepserve.errors import AskError, did_you_mean
 from deepserve.hardware import Hardware, this_machine
-from deepserve.ops.check import check
+from deepserve.ops.check import FP8, check
 from deepserve.ops.inventory import inventory, refusals
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Case, Op
@@ -105,7 +105,8 @@ def bench_op(
     op = load_op(op_name)
     made_in = DTYPES[dtype] if DTYPES[dtype] in op.dtypes else op.dtypes[0]
     if cases is None:
-        cases = [case for case in op.cases if case.bench] or op.cases[-1:]
+        foreign = FP8[0] if hardware.arch == "gfx942" else FP8[1]  # a chip has instructions for one of them
+        cases = [case for case in op.cases if case.bench and case.fp8 is not foreign] or op.cases[-1:]
     for case in cases:
         reference_s = None
         for kernel, reason in refusals(op_name, hardware, dtype).items():

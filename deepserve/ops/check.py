@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepserve.ops.inventory import KernelInfo, inventory
 from deepserve.ops.load import load_kernel, load_op
-from deepserve.ops.op import Case, Op
+from deepserve.ops.op import Case, Op, Told
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 ALLOCATORS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
@@ -46,9 +46,13 @@ def check(op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device
         actual = kernel.function(*given)
     exact = _info(op_name, kernel_name).exactness == "bitwise"
     tolerance = {} if exact else op.tolerance
-    return _differences(tolerance, dtype, expected, actual) or _changes(
-        op, tolerance.get(dtype, (0.0, 0.0)), expected_arguments, arguments
-    )
+    if op.numbers is None:
+        problem = _differences(tolerance, dtype, expected, actual)
+    elif actual is not arguments[op.parameters.index(op.writes[0])]:
+        problem = "returns something else than what it wrote to"
+    else:
+        problem = _other_numbers(tolerance, op.numbers(*expected_arguments), op.numbers(*arguments))
+    return problem or _changes(op, tolerance.get(dtype, (0.0, 0.0)), expected_arguments, arguments)
 
 
 def _info(op_name: str, kernel_name: str) -> KernelInfo:
@@ -68,10 +72,17 @@ def _differences(
     return None
 
 
+def _other_numbers(tolerance: dict[torch.dtype, tuple[float, float]], expected: Told, actual: Told) -> str | None:
+    for idx, ((want, dtype), (got, _)) in enumerate(zip(expected, actual)):
+        if sentence := difference(got, want, *tolerance.get(dtype, (0.0, 0.0))):
+            return f"part {idx} of what was written: {sentence}"
+    return None
+
+
 def _changes(op: Op, tolerance: tuple[float, float], expected: tuple[Any, ...], actual: tuple[Any, ...]) -> str | None:
     """Arguments that are written must hold what the reference wrote; the others, what they held."""
     for name, want, got in zip(op.parameters, expected, actual):
-        if isinstance(want, torch.Tensor):
+        if isinstance(want, torch.Tensor) and not (op.numbers and name in op.writes):
             sentence = difference(got, want, *(tolerance if name in op.writes else (0.0, 0.0)))
             if sentence:
                 return f"argument {name} afterwards: {sentence}"

@@ -37,7 +37,7 @@ def choose_sizes(
     """What the memory has to hold and what is wished of the cache. AskError where sizes contradict."""
     default_seqs, default_tokens, default_block = _defaults(facts.hardware)
     chunked = rows["chunked_prefill"].on
-    keeps_scores = kernels[ATTENTION_OPS[type(facts.architecture.attention)]] == "reference"
+    keeps_scores = kernels[_attention_op(facts.architecture.attention)] == "reference"
     if keeps_scores:
         default_tokens = min(default_tokens, TOKENS_WITH_SCORES)
     seqs = config.max_num_seqs or min(default_seqs, config.max_num_batched_tokens or default_seqs)
@@ -93,6 +93,12 @@ def ring_choices(load: Load, memory: MemoryMap) -> list[Choice]:
     if load.whole_prompts:
         why += "; without chunked prefill they are taken only of prompts that end with a block, and while decoding"
     return [Choice("ring_snapshots", str(snapshots), why)]
+
+
+def _attention_op(attention: Mla | Gqa | CompressedMqa) -> str:
+    if isinstance(attention, Mla) and attention.fp8_latents:
+        return "mla_attention_fp8"
+    return ATTENTION_OPS[type(attention)]
 
 
 def _defaults(hardware: Hardware) -> tuple[int, int, int]:
