@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import chip, next_power_of_two, num_warps
+from deepserve.ops.launch import Chip, chip, next_power_of_two, num_warps
+from deepserve.ops.moe_experts.tiles import DOWN, GATE_UP
 from deepserve.ops.op import Kernel
 
 SORTED_ROWS = 64  # tokens of one sorting program
@@ -241,6 +242,12 @@ def _choose(rows_an_expert: float, is_amd: bool, wide: bool) -> _Tiles:
     return _Tiles(128, (128, 64, 8, stages), (128 if is_amd else 256, 64, 8, stages))
 
 
+def _tuned(found: Chip, shape: _Tiles, **key: int) -> _Tiles:
+    """`shape`, or what the tables say for so many `rows` of each of the `experts` in use."""
+    rows, *gate_up = GATE_UP.choose(found, (shape.rows, *shape.gate_up), **key)
+    return _Tiles(rows, tuple(gate_up), DOWN.choose(found, shape.down, tile_rows=rows, **key))
+
+
 def _sort(
     ids: torch.Tensor, num_experts: int, num_shared: int, tile_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -281,7 +288,11 @@ def expert_rows(
     (num_tokens, top_k), (num_experts, hidden_size, width) = ids.shape, matrices[1].shape
     num_shared = shared[1].shape[1] // width if shared else 0
     found, wide = chip(x.device), x.element_size() > 2
-    shape = _choose(num_tokens * top_k / num_experts, found.is_amd, wide)
+    used = min(num_tokens * top_k, num_experts)
+    shape = _tuned(
+        found, _choose(num_tokens * top_k / num_experts, found.is_amd, wide), rows=-(-num_tokens * top_k // used),
+        experts=used, hidden=hidden_size, width=width, element_bytes=x.element_size(),
+    )  # fmt: skip
     places = num_tokens * (top_k + num_shared)
     rows, tiles, num_tiles = _sort(ids, num_experts, num_shared, shape.rows) if num_tokens > 1 else (ids, ids, places)
     hidden = torch.empty((places, width), dtype=x.dtype, device=x.device)
