@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from deepserve.ops.launch import chip, next_power_of_two
+from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
 from deepserve.ops.paged import LongRows, long_rows
 from deepserve.ops.split_context import HEADS, LOG2_E, combine, num_splits, part_of
@@ -242,7 +243,10 @@ def _decode(
     """q_latent [N, B, R], q_rope [B, N, P], all one-token rows; writes out [B, N, v]."""
     heads, requests, rank = q_latent.shape
     block_size, rope, found = cache.shape[1], q_rope.shape[2], chip(cache.device)
-    keys, warps, stages = _decode_tile(found.is_amd, cache.element_size())
+    keys, warps, stages = DECODE.choose(
+        found, _decode_tile(found.is_amd, cache.element_size()), heads=heads, requests=requests, entry=rank + rope,
+        element_bytes=cache.element_size(),
+    )  # fmt: skip
     head_blocks = triton.cdiv(heads, HEADS)
     splits = num_splits(requests * head_blocks, batch.max_seq_len, keys, cache.device)
     mixed = torch.empty((requests, heads, splits, rank), dtype=torch.float32, device=cache.device)
@@ -275,8 +279,11 @@ def _prefill(
     entries = cache.view(-1, cache.shape[2]).index_select(0, rows.slots)
     latents = entries[:, :rank].unsqueeze(0).expand(heads, -1, -1)
     k_nope, value = torch.bmm(latents, w_uk.transpose(1, 2)), torch.bmm(latents, w_uv.transpose(1, 2))
-    tile, keys, warps, stages = _prefill_tile(chip(cache.device).is_amd, cache.element_size())
-    nope, rope = q_nope.shape[2], q_rope.shape[2]
+    nope, rope, found, size = q_nope.shape[2], q_rope.shape[2], chip(cache.device), cache.element_size()
+    tile, keys, warps, stages = PREFILL.choose(
+        found, _prefill_tile(found.is_amd, size), heads=heads, queries=rows.max_query_len, nope=nope, rope=rope,
+        v=v_dim, element_bytes=size,
+    )  # fmt: skip
     _mla_prefill_kernel[(triton.cdiv(rows.max_query_len, tile), heads, len(rows.query_start) - 1)](
         q_nope, q_rope, k_nope, entries[:, rank:], value, out, rows.query_start, rows.context_start, scale * LOG2_E,
         heads, q_nope.stride(0), q_nope.stride(1), q_rope.stride(0), q_rope.stride(1), k_nope.stride(0),
