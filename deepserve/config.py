@@ -132,7 +132,9 @@ class Config:
     trace_file: str = _knob("", "recording", "write a timeline of every step to this file, for ui.perfetto.dev")
     trace_ops: bool = _knob(False, "recording", "with every call of an op in it; no step is replayed")
     capture_shapes: str = _knob(
-        "", "recording", "write to this directory what ops are called with, for bench ops --replay; no step is replayed"
+        "",
+        "recording",
+        "write to this directory what ops are called with, for --replay of bench ops and tune; no step is replayed",
     )
 
     host: str | None = _knob(None, "server", "address to listen on: 127.0.0.1, or all with --api-key")

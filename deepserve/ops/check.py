@@ -36,23 +36,51 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class Comparison:
+    """A kernel and the reference on the same fresh random inputs; `difference` may be asked again and again."""
+
+    def __init__(self, op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device: str, seed: int):
+        self._op, self._kernel = load_op(op_name), load_kernel(op_name, kernel_name)
+        exact = _info(op_name, kernel_name).exactness == "bitwise"
+        self._dtype, self._tolerance = dtype, {} if exact else self._op.tolerance
+        self._make = lambda: case.make(torch.Generator().manual_seed(seed), dtype, device)
+        self._expected_arguments = self._make()
+        self._prepare()
+        self._expected = self._op.reference(*self._expected_arguments)
+
+    def _prepare(self) -> None:
+        self._arguments = self._make()
+        self._given = self._kernel.packed(self._op.parameters, self._arguments)
+        self._is_spoiled = False  # whether an earlier call left something that would be taken for the next one's work
+
+    def call(self) -> Any:
+        """Runs the kernel."""
+        self._is_spoiled = self._is_spoiled or bool(self._op.writes)
+        return self._kernel.function(*self._given)
+
+    def difference(self) -> str | None:
+        """None where the kernel agrees with the reference (results, and arguments afterwards), else what differs."""
+        if self._is_spoiled:
+            self._prepare()
+        with Poisoned():
+            actual = self.call()
+        tolerance = self._tolerance.get(self._dtype, (0.0, 0.0))
+        changes = _changes(self._op, tolerance, self._expected_arguments, self._arguments)
+        self._is_spoiled = self._is_spoiled or changes is not None
+        return self._wrong_result(actual) or changes
+
+    def _wrong_result(self, actual: Any) -> str | None:
+        op, numbers = self._op, self._op.numbers
+        if numbers is None:
+            return _differences(self._tolerance, self._dtype, self._expected, actual)
+        if actual is not self._arguments[op.parameters.index(op.writes[0])]:
+            return "returns something else than what it wrote to"
+        return _other_numbers(self._tolerance, numbers(*self._expected_arguments), numbers(*self._arguments))
+
+
 def check(op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device: str, seed: int) -> str | None:
-    """None where the kernel agrees with the reference (results, and every argument afterwards), else what differs."""
-    op, kernel = load_op(op_name), load_kernel(op_name, kernel_name)
-    expected_arguments, arguments = (case.make(torch.Generator().manual_seed(seed), dtype, device) for _ in range(2))
-    given = kernel.packed(op.parameters, arguments)
-    expected = op.reference(*expected_arguments)
-    with Poisoned():
-        actual = kernel.function(*given)
-    exact = _info(op_name, kernel_name).exactness == "bitwise"
-    tolerance = {} if exact else op.tolerance
-    if op.numbers is None:
-        problem = _differences(tolerance, dtype, expected, actual)
-    elif actual is not arguments[op.parameters.index(op.writes[0])]:
-        problem = "returns something else than what it wrote to"
-    else:
-        problem = _other_numbers(tolerance, op.numbers(*expected_arguments), op.numbers(*arguments))
-    return problem or _changes(op, tolerance.get(dtype, (0.0, 0.0)), expected_arguments, arguments)
+    """What Comparison.difference says, on inputs of their own."""
+    return Comparison(op_name, kernel_name, case, dtype, device, seed).difference()
 
 
 def _info(op_name: str, kernel_name: str) -> KernelInfo:

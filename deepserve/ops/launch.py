@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from deepserve.hardware import architecture, gpu_name
+
 ELEMENTS_A_THREAD = 16  # of 16 bits: two loads of 16 bytes, enough in flight to hide memory's latency
 SMALLEST_TILE = 1024  # elements below which a program costs more to start than to run
 LANES = 32  # of a warp; an AMD wavefront has 64, and then a thread takes half as much
@@ -34,12 +36,15 @@ def row_tile(size: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What tile shapes depend on. `shared_bytes`: the most shared memory (LDS) of one program; `overlaps`: a kernel can
-    be launched before the one before it has ended."""
+    """What tile shapes depend on. `shared_bytes`: the most shared memory (LDS) of one program. `gpu`: what its tuned
+    tables are called, as in h100; empty where the chip is none that is here. `overlaps`: a kernel can be launched
+    before the one before it has ended.
+    """
 
     is_amd: bool
     num_multiprocessors: int
     shared_bytes: int
+    gpu: str = ""
     overlaps: bool = False
 
 
@@ -70,8 +75,10 @@ def chip(device: torch.device) -> Chip:
 def _chip(index: int) -> Chip:
     found: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack half of it
     is_amd = torch.version.hip is not None
-    shared = CHIPS[found.gcnArchName.split(":")[0]].shared_bytes if is_amd else found.shared_memory_per_block_optin
-    return Chip(is_amd, found.multi_processor_count, shared, overlaps=not is_amd and found.major >= 9)
+    arch = architecture(found, is_amd)
+    shared = CHIPS[arch].shared_bytes if is_amd else found.shared_memory_per_block_optin
+    overlaps = not is_amd and found.major >= 9
+    return Chip(is_amd, found.multi_processor_count, shared, gpu_name(found.name, arch), overlaps)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What ops are called with in a run: one call of each size, how many there were like it, and who the experts were.
 
-A file of JSON lines: a head, one line a call, then the tokens of every expert by layer. `bench ops --replay` reads it.
+A file of JSON lines: a head, a line a call, then the tokens of every expert by layer. `bench ops` and `tune` replay it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deepserve.ops.gqa_attention.tiles import DECODE, PREFILL
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
@@ -162,13 +163,27 @@ def _gqa_prefill_kernel(
     tl.store(out + (token * (KV_HEADS * GROUP) + head) * DIM + channel[None, :], result, mask)
 
 
+def _decode_tile(is_amd: bool, wide: bool) -> tuple[int, int, int]:
+    """Keys, warps and stages."""
+    return (32, 4, 2) if wide or is_amd else (64, 4, 3)
+
+
+def _prefill_tile(is_amd: bool, wide: bool, dim: int) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages."""
+    queries, keys, warps = (32, 32, 4) if wide else (64, 64, 4) if dim > 128 else (128, 64, 8)
+    return queries, keys, warps, 1 if wide or is_amd else 2
+
+
 def _decode(
     q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None, out: torch.Tensor
 ) -> None:
     requests, heads, dim = q.shape
     block_size, kv_heads = cache.shape[2:4]
-    group, wide = heads // kv_heads, cache.element_size() > 2 or dim > 128
-    keys = 32 if wide or chip(cache.device).is_amd else 64
+    group, size, found = heads // kv_heads, cache.element_size(), chip(cache.device)
+    keys, warps, stages = DECODE.choose(
+        found, _decode_tile(found.is_amd, size > 2 or dim > 128), heads=heads, kv_heads=kv_heads, dim=dim,
+        element_bytes=size, requests=requests,
+    )  # fmt: skip
     programs = kv_heads * triton.cdiv(group, HEADS)
     splits = num_splits(requests * programs, cache.device)
     mixed, log_sums = out, None
@@ -178,8 +193,7 @@ def _decode(
     _gqa_decode_kernel[(requests, programs, splits)](
         q, cache, batch.block_table, batch.seq_lens, mixed, log_sums, scale * LOG2_E, q.stride(0), q.stride(1),
         batch.block_table.stride(0), kv_heads, group, window, block_size, dim, max(next_power_of_two(dim), 16), HEADS,
-        keys, splits == 1, num_warps=4, num_stages=2 if wide or chip(cache.device).is_amd else 3,
-        **overlap(cache.device),
+        keys, splits == 1, num_warps=warps, num_stages=stages, **overlap(cache.device),
     )  # fmt: skip
     if log_sums is not None:
         combine(mixed, log_sums, batch.seq_lens, out, keys, window)
@@ -201,14 +215,16 @@ def gqa_attention(
     if num_long:
         _, heads, dim = q.shape
         block_size, kv_heads = cache.shape[2:4]
-        wide, is_amd = cache.element_size() > 2, chip(cache.device).is_amd
-        rows, keys, warps = (32, 32, 4) if wide else (64, 64, 4) if dim > 128 else (128, 64, 8)
-        grid = (triton.cdiv(max(batch.query_lens[single:]), rows), heads, num_long)
+        size, found, longest = cache.element_size(), chip(cache.device), max(batch.query_lens[single:])
+        rows, keys, warps, stages = PREFILL.choose(
+            found, _prefill_tile(found.is_amd, size > 2, dim), heads=heads, kv_heads=kv_heads, dim=dim,
+            element_bytes=size, queries=longest,
+        )  # fmt: skip
+        grid = (triton.cdiv(longest, rows), heads, num_long)
         _gqa_prefill_kernel[grid](
             q, cache, batch.block_table, batch.query_start, batch.seq_lens, out, scale * LOG2_E, q.stride(0),
             q.stride(1), batch.block_table.stride(0), single, kv_heads, heads // kv_heads, window, block_size, dim,
-            max(next_power_of_two(dim), 16), rows, keys, num_warps=warps, num_stages=1 if wide or is_amd else 2,
-            **overlap(cache.device),
+            max(next_power_of_two(dim), 16), rows, keys, num_warps=warps, num_stages=stages, **overlap(cache.device),
         )  # fmt: skip
     return out
 

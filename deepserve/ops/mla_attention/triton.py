@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.merge_attention.triton import merge_attention
+from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.paged import LongRows, long_rows
@@ -326,13 +327,14 @@ def _block(size: int) -> int:
     return max(next_power_of_two(size), 16)
 
 
-def _decode_tile(heads: int, element_size: int, is_amd: bool) -> tuple[int, int, int, int]:
-    """Heads, keys, warps and stages. Two tiles of 64 entries are what fits on chip: one is read while one is used."""
+def _decode_tile(heads: int, element_size: int, is_amd: bool) -> tuple[int, int, int]:
+    """Keys, warps and stages for a tile of so many heads. Two tiles of 64 entries are what fits on chip: one is read
+    while one is used."""
     if element_size > 2:
-        return HEADS, 32, 4, 2
+        return 32, 4, 2
     if is_amd:
-        return (HEADS, 32, 4, 2) if heads <= HEADS else (32, 16, 4, 2)
-    return (HEADS, 64, 4, 2) if heads <= HEADS else (32, 64, 8, 2)
+        return (32 if heads <= HEADS else 16), 4, 2
+    return 64, (4 if heads <= HEADS else 8), 2
 
 
 def _prefill_tile(element_size: int, is_amd: bool) -> tuple[int, int, int, int]:
@@ -366,8 +368,13 @@ def _decode(
 ) -> None:
     """q_latent [N, B, R], q_rope [B, N, P], all one-token rows; writes out [B, N, v]."""
     heads, requests, rank = q_latent.shape
-    block_size, rope, device = cache.shape[1], q_rope.shape[2], cache.device
-    head_tile, keys, warps, stages = _decode_tile(heads, cache.element_size(), chip(device).is_amd)
+    block_size, rope, device, size = cache.shape[1], q_rope.shape[2], cache.device, cache.element_size()
+    found = chip(device)
+    head_tile = HEADS if heads <= HEADS or size > 2 else 32
+    keys, warps, stages = DECODE.choose(
+        found, _decode_tile(head_tile, size, found.is_amd), heads=heads, requests=requests, entry=rank + rope,
+        element_bytes=size,
+    )  # fmt: skip
     head_blocks = triton.cdiv(heads, head_tile)
     splits = num_splits(requests * head_blocks, device)
     mixed = latents = torch.empty_like(q_latent)
@@ -403,8 +410,11 @@ def _prefill(
     entries = cache.view(-1, cache.shape[2]).index_select(0, rows.slots)
     latents = entries[:, :rank].unsqueeze(0).expand(heads, -1, -1)
     k_nope, value = torch.bmm(latents, w_uk.transpose(1, 2)), torch.bmm(latents, w_uv.transpose(1, 2))
-    tile, keys, warps, stages = _prefill_tile(cache.element_size(), chip(cache.device).is_amd)
-    nope, rope = q_nope.shape[2], q_rope.shape[2]
+    nope, rope, found, size = q_nope.shape[2], q_rope.shape[2], chip(cache.device), cache.element_size()
+    tile, keys, warps, stages = PREFILL.choose(
+        found, _prefill_tile(size, found.is_amd), heads=heads, queries=rows.max_query_len, nope=nope, rope=rope,
+        v=v_dim, element_bytes=size,
+    )  # fmt: skip
     _mla_prefill_kernel[(triton.cdiv(rows.max_query_len, tile), heads, len(rows.seq_lens))](
         q_nope, q_rope, k_nope, entries[:, rank:], value, out, log_sums, rows.query_start, rows.context_start,
         rows.seq_lens, rows.offset, scale * LOG2_E, heads, q_nope.stride(0), q_nope.stride(1), q_rope.stride(0),

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepserve.ops.launch import chip, next_power_of_two, num_warps
+from deepserve.ops.moe_experts.tiles import DOWN, GATE_UP
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
@@ -362,30 +363,39 @@ def _moe_sum_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Shapes of the two products: rows, and columns (of gate and of up), channels, warps and stages of each. Those of
-    `described` weights are copied to where they are multiplied by the chip's own engine for that (TMA)."""
+    """Shapes of the two products: rows; of each its columns (of gate and of up), channels, warps, stages, and whether its
+    weights are described: copied to where they are multiplied by the chip's own engine for that (TMA)."""
 
     rows: int
-    gate_up: tuple[int, int, int, int]
-    down: tuple[int, int, int, int]
-    described: bool = False
+    gate_up: tuple[int, ...]
+    down: tuple[int, ...]
 
 
-def _choose(num_tokens: int, rows_an_expert: float, is_amd: bool, wide: bool) -> Tiles:
+def _heuristic(num_tokens: int, rows_an_expert: float, is_amd: bool, wide: bool) -> Tiles:
     """Few rows an expert (weights stream by once), a ramp, and many (matrix units are busy)."""
     if wide:
-        return Tiles(16, (32, 32, 4, 2), (32, 32, 4, 2))
+        return Tiles(16, (32, 32, 4, 2, 0), (32, 32, 4, 2, 0))
     if is_amd:
         if rows_an_expert <= 64:
-            return Tiles(16 if num_tokens <= 16 else 64, (32, 128, 4, 2), (64, 128, 4, 2))
-        return Tiles(128, (64, 64, 8, 2), (128, 64, 8, 2))
+            return Tiles(16 if num_tokens <= 16 else 64, (32, 128, 4, 2, 0), (64, 128, 4, 2, 0))
+        return Tiles(128, (64, 64, 8, 2, 0), (128, 64, 8, 2, 0))
     if rows_an_expert <= 12:
-        return Tiles(16, (32, 128, 4, 4), (64, 128, 4, 4))
+        return Tiles(16, (32, 128, 4, 4, 0), (64, 128, 4, 4, 0))
     if rows_an_expert <= 24:
-        return Tiles(32, (64, 128, 4, 3), (128, 128, 4, 3))
+        return Tiles(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))
     if rows_an_expert <= 64:
-        return Tiles(64, (64, 64, 4, 4), (128, 64, 4, 4))
-    return Tiles(128, (128, 64, 8, 4), (256, 64, 8, 4), described=True)
+        return Tiles(64, (64, 64, 4, 4, 0), (128, 64, 4, 4, 0))
+    return Tiles(128, (128, 64, 8, 4, 1), (256, 64, 8, 4, 1))
+
+
+def _tiles(x: torch.Tensor, ids: torch.Tensor, num_experts: int, sizes: tuple[int, int]) -> Tiles:
+    """What the heuristic says, or the tables for so many rows of each of the experts in use."""
+    found, size, used = chip(x.device), x.element_size(), min(ids.numel(), num_experts)
+    shape = _heuristic(len(ids), ids.numel() / num_experts, found.is_amd, size > 2)
+    key = {"rows": -(-ids.numel() // used), "experts": used, "element_bytes": size}
+    key |= dict(zip(("hidden", "width"), sizes))
+    rows, *gate_up = GATE_UP.choose(found, (shape.rows, *shape.gate_up), **key)
+    return Tiles(rows, tuple(gate_up), DOWN.choose(found, shape.down, tile_rows=rows, **key))
 
 
 def _sort(ids: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,7 +421,7 @@ def _sort(ids: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Te
     return rows, tiles
 
 
-def _tiles_of(
+def _slots(
     ids: torch.Tensor, num_experts: int, num_shared: int, tile_rows: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None, int]:
     """(constants of both products, their ids, their tiles, how many slots there are)."""
@@ -439,29 +449,26 @@ def expert_rows(
     """
     (num_tokens, top_k), (num_experts, hidden_size, width) = ids.shape, matrices[1].shape
     num_shared = shared[1].shape[1] // width if shared else 0
-    tiles = _choose(num_tokens, num_tokens * top_k / num_experts, chip(x.device).is_amd, x.element_size() > 2)
-    constants, rows, table, num_slots = _tiles_of(ids, num_experts, num_shared, tiles.rows)
-    described: list[TensorDescriptor | None] = [None, None]
-    (columns, channels, *_), (down_columns, down_channels, *_) = tiles.gate_up, tiles.down
-    if tiles.described:
-        gate_up, down = matrices[0].view(2 * num_experts, width, hidden_size), matrices[1].view(-1, width)
-        described = [
-            TensorDescriptor.from_tensor(gate_up, [2, columns, channels]),
-            TensorDescriptor.from_tensor(down, [down_columns, down_channels]),
-        ]
+    tiles = _tiles(x, ids, num_experts, (hidden_size, width))
+    constants, rows, table, num_slots = _slots(ids, num_experts, num_shared, tiles.rows)
+    columns, channels, warps, stages, described = tiles.gate_up
+    down_columns, down_channels, down_warps, down_stages, down_described = tiles.down
+    gate_up = matrices[0].view(2 * num_experts, width, hidden_size), [2, columns, channels]
+    down = matrices[1].view(-1, width), [down_columns, down_channels]
     constants |= {"TOP_K": top_k, "EXPERTS": num_experts, "SHARED": num_shared, "HIDDEN": hidden_size, "WIDTH": width}
+    constants |= {"M": tiles.rows, **overlap(x.device)}
     places = num_tokens * (top_k + num_shared)
     hidden = torch.empty((places, width), dtype=x.dtype, device=x.device)
     _moe_gate_up_kernel[(num_slots * triton.cdiv(width, columns),)](
-        x, matrices[0], described[0], shared[0] if shared else None, hidden, rows, table, num_tokens, x.stride(0),
-        M=tiles.rows, N=columns, K=channels, LIMIT=limit, num_warps=tiles.gate_up[2], num_stages=tiles.gate_up[3],
-        **constants, **overlap(x.device),
+        x, matrices[0], TensorDescriptor.from_tensor(*gate_up) if described and not shared else None,
+        shared[0] if shared else None, hidden, rows, table, num_tokens, x.stride(0), N=columns, K=channels, LIMIT=limit,
+        num_warps=warps, num_stages=stages, **constants,
     )  # fmt: skip
     out = torch.empty((places, hidden_size), dtype=x.dtype, device=x.device)
     _moe_down_kernel[(num_slots * triton.cdiv(hidden_size, down_columns),)](
-        hidden, matrices[1], described[1], shared[1] if shared else None, out, rows, table, num_tokens,
-        M=tiles.rows, N=down_columns, K=down_channels, num_warps=tiles.down[2], num_stages=tiles.down[3],
-        **constants, **overlap(x.device),
+        hidden, matrices[1], TensorDescriptor.from_tensor(*down) if down_described and not shared else None,
+        shared[1] if shared else None, out, rows, table, num_tokens, N=down_columns, K=down_channels,
+        num_warps=down_warps, num_stages=down_stages, **constants,
     )  # fmt: skip
     return out
 
