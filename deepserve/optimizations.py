@@ -270,6 +270,16 @@ TABLE = (
     ),
     replace(
         _fusion(
+            "rope_write_mla_attention",
+            "In steps of a few tokens all that comes before latent attention is one kernel.",
+            "triton_kernels",
+        ),
+        needs=_latent_attention,
+        excludes=(("fp8_kv_cache", "its attention and its cache entries are other ops"),),
+        covers=("fusion_rms_norm_rope_write_latent",),
+    ),
+    replace(
+        _fusion(
             "linear_moe_route", "A router and its projection in at most two kernels, with nothing cast.", _COMPILED
         ),
         needs=_experts,
@@ -282,6 +292,15 @@ TABLE = (
         ),
         needs=_experts_and_residual,
         covers=("fusion_add_rms_norm",),
+    ),
+    replace(
+        _fusion(
+            "linear_moe_experts_add_rms_norm",
+            "In steps of a few tokens the router's product is computed beside the first one of the shared experts.",
+            "triton_kernels",
+        ),
+        needs=_experts_and_residual,
+        covers=("fusion_linear_moe_route", "fusion_moe_experts_add_rms_norm", "fusion_add_rms_norm"),
     ),
     _fusion("rms_norm_quant_fp8", "A norm and the FP8 quantisation of its result are one pass.", "fp8_linear"),
     _fusion("add_rms_norm_quant_fp8", "Residual addition, norm and FP8 quantisation are one pass.", "fp8_linear"),

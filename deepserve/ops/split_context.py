@@ -15,11 +15,14 @@ SPLITS_AT_ONCE = 8  # that a program combines in one go
 LOG2_E = 1.4426950408889634
 
 
-def num_splits(num_programs: int, device: torch.device) -> int:
-    """Into how many parts each program's context is split: as many as there are multiprocessors for, whatever the
-    lengths, so that a step of few requests is the same launch at any context; programs of empty parts end at once.
+def num_splits(num_programs: int, shared_bytes: int, device: torch.device) -> int:
+    """Into how many parts each program's context is split: as many as a chip holds programs of so much shared memory,
+    whatever the lengths, so that a step of few requests is the same launch at any context; programs of empty parts end
+    at once.
     """
-    return min(max(chip(device).num_multiprocessors // num_programs, 1), MAX_SPLITS)
+    found = chip(device)
+    at_once = 2 if 2 * shared_bytes <= found.shared_bytes else 1
+    return min(max(at_once * found.num_multiprocessors // num_programs, 1), MAX_SPLITS)
 
 
 @triton.jit

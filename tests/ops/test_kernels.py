@@ -66,9 +66,11 @@ def test_kernel_equals_reference(op, kernel, case, dtype, seed):
 
 @pytest.mark.parametrize("op, kernel", OUT)
 def test_results_can_be_passed_in(op, kernel, seed):
-    function, contract = load_kernel(op, kernel).function, load_op(op)
+    loaded, contract = load_kernel(op, kernel), load_op(op)
+    function = loaded.function
     case = contract.cases[0]
     arguments = case.make(torch.Generator().manual_seed(seed), contract.dtypes[0], DEVICE)
+    arguments = loaded.packed(contract.parameters, arguments)
     expected = function(*arguments)
     several = isinstance(expected, tuple)
     out = tuple(poison(torch.empty_like(value)) for value in (expected if several else (expected,)))

@@ -63,7 +63,7 @@ def test_the_tuner_finds_what_the_clock_wants_and_the_launcher_then_uses_it(tmp_
 
 
 def test_the_second_product_is_tuned_for_the_rows_that_the_first_one_got():
-    one = tuner(preferring(gate_up=(64, 32, 32, 4, 3, 0), down=(32, 32, 4, 3, 0)), 6, torch.bfloat16)
+    one = tuner(preferring(gate_up=(64, 32, 32, 4, 3, 0), down=(32, 32, 4, 3, 0)), 14, torch.bfloat16)
     gate_up, down = one.tune("moe_experts", moe_case(24, 3, 2, 32, 32))
     assert gate_up.asked.key == {"hidden": 32, "width": 32, "element_bytes": 2, "rows": 16, "experts": 4}
     assert (gate_up.asked.default[0], gate_up.verdict.tile) == (32, (64, 32, 32, 4, 3, 0))

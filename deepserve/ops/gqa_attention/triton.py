@@ -185,7 +185,8 @@ def _decode(
         element_bytes=size, requests=requests,
     )  # fmt: skip
     programs = kv_heads * triton.cdiv(group, HEADS)
-    splits = num_splits(requests * programs, cache.device)
+    shared_bytes = (2 * stages * keys + HEADS) * dim * size + 4096
+    splits = num_splits(requests * programs, shared_bytes, cache.device)
     mixed, log_sums = out, None
     if splits > 1:
         mixed = torch.empty((requests, heads, splits, dim), dtype=torch.float32, device=cache.device)

@@ -18,6 +18,34 @@ from deepserve.ops.overlap import overlap, wait
 MAX_PARTS = 8
 
 
+@triton.jit
+def logits_tile(
+    x, weight, out, row, column, part, num_rows, row_stride,
+    WIDTH: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Logits of rows [M] and columns [N], of the part-th PART channels (see _logits_kernel)."""
+    channel = part * PART + tl.arange(0, K)
+    left = x + row[:, None] * row_stride + channel[None, :]
+    right = weight + column[None, :] * WIDTH + channel[:, None]
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, PART, K):
+        inside = start + channel < WIDTH
+        mask = inside[:, None] & (column < OUT)[None, :]
+        a = tl.load(left + start, (row < num_rows)[:, None] & inside[None, :], 0.0)
+        high = tl.load(right + start, mask, 0.0)
+        middle = tl.load(right + OUT * WIDTH + start, mask, 0.0)
+        low = tl.load(right + 2 * OUT * WIDTH + start, mask, 0.0)
+        if a.dtype == tl.bfloat16:
+            total = tl.dot(a, low, total)
+            total = tl.dot(a, middle, total)
+            total = tl.dot(a, high, total)
+        else:
+            whole = high.to(tl.float32) + middle.to(tl.float32) + low.to(tl.float32)
+            total = tl.dot(a.to(tl.float32), whole, total, input_precision="ieee")
+    place = (part.to(tl.int64) * num_rows + row[:, None]) * OUT + column[None, :]
+    tl.store(out + place, total, (row < num_rows)[:, None] & (column < OUT)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _logits_kernel(
     x,  # [num_rows, WIDTH] at row stride row_stride
@@ -36,26 +64,15 @@ def _logits_kernel(
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
-    channel = tl.program_id(2) * PART + tl.arange(0, K)
-    left = x + row[:, None] * row_stride + channel[None, :]
-    right = weight + column[None, :] * WIDTH + channel[:, None]
-    total = tl.zeros((M, N), tl.float32)
-    for start in range(0, PART, K):
-        inside = start + channel < WIDTH
-        mask = inside[:, None] & (column < OUT)[None, :]
-        a = tl.load(left + start, (row < num_rows)[:, None] & inside[None, :], 0.0)
-        high = tl.load(right + start, mask, 0.0)
-        middle = tl.load(right + OUT * WIDTH + start, mask, 0.0)
-        low = tl.load(right + 2 * OUT * WIDTH + start, mask, 0.0)
-        if a.dtype == tl.bfloat16:
-            total = tl.dot(a, low, total)
-            total = tl.dot(a, middle, total)
-            total = tl.dot(a, high, total)
-        else:
-            whole = high.to(tl.float32) + middle.to(tl.float32) + low.to(tl.float32)
-            total = tl.dot(a.to(tl.float32), whole, total, input_precision="ieee")
-    place = (tl.program_id(2).to(tl.int64) * num_rows + row[:, None]) * OUT + column[None, :]
-    tl.store(out + place, total, (row < num_rows)[:, None] & (column < OUT)[None, :])
+    logits_tile(x, weight, out, row, column, tl.program_id(2), num_rows, row_stride, WIDTH, OUT, PART, M, N, K)
+
+
+def part_sizes(num_blocks: int, width: int, channels: int, num_multiprocessors: int) -> tuple[int, int]:
+    """(parts of `width` so that num_blocks times as many programs keep a chip busy, channels of a part)."""
+    most = next_power_of_two(max(num_multiprocessors // num_blocks, 1))
+    parts = min(MAX_PARTS, triton.cdiv(width, channels), most)
+    part = triton.cdiv(triton.cdiv(width, channels), parts) * channels
+    return triton.cdiv(width, part), part
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -86,9 +103,7 @@ def linear_moe_route(
     if x.element_size() > 2 or x.dtype is torch.float16:
         m, n, k = 16, 16, 64
     blocks = triton.cdiv(num_rows, m) * triton.cdiv(columns, n)
-    parts = min(MAX_PARTS, triton.cdiv(width, k), next_power_of_two(max(found.num_multiprocessors // blocks, 1)))
-    part = triton.cdiv(triton.cdiv(width, k), parts) * k
-    parts = triton.cdiv(width, part)
+    parts, part = part_sizes(blocks, width, k, found.num_multiprocessors)
     logits = torch.empty((parts, num_rows, columns), dtype=torch.float32, device=x.device)
     _logits_kernel[(triton.cdiv(num_rows, m), triton.cdiv(columns, n), parts)](
         x, weight, logits, num_rows, x.stride(0), width, columns, part, m, n, k, num_warps=4,

@@ -12,7 +12,7 @@ from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.paged import LongRows, long_rows
-from deepserve.ops.split_context import HEADS, LOG2_E, MAX_SPLITS, combine, num_splits, part_of
+from deepserve.ops.split_context import HEADS, LOG2_E, SPLITS_AT_ONCE, combine, num_splits, part_of
 from deepserve.runner.batch import Batch
 
 MANY_TOKENS = 64  # above it a batched product reads its inputs once, not once a tile
@@ -28,21 +28,6 @@ def _load(pointers, mask, MASKED: tl.constexpr):
     else:
         values = tl.load(pointers)
     return values
-
-
-@triton.jit
-def _attend(q1, q2, latent, k_rope, seen, scale_log2, largest, total, sums, MASKED: tl.constexpr):
-    """One tile of keys taken into (largest, total, sums); with MASKED only those that are seen."""
-    scores = tl.dot(latent, q1, input_precision="ieee")
-    scores = tl.dot(k_rope, q2, scores, input_precision="ieee") * scale_log2
-    if MASKED:
-        scores = tl.where(seen[:, None], scores, float("-inf"))
-    top = tl.maximum(largest, tl.max(scores, 0))
-    weights = tl.exp2(scores - top[None, :])
-    shrink = tl.exp2(largest - top)
-    total = total * shrink + tl.sum(weights, 0)
-    sums = tl.dot(tl.trans(latent), weights.to(latent.dtype), sums * shrink[None, :], input_precision="ieee")
-    return top, total, sums
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -83,9 +68,7 @@ def _mla_decode_kernel(
         return
 
     ONE_BLOCK: tl.constexpr = BLOCK_SIZE % KEYS == 0  # a tile lies in one
-    APART: tl.constexpr = ONE_BLOCK and HEADS == 16  # the last tile: of wider ones registers would not hold two loops
     WIDTH: tl.constexpr = RANK + ROPE
-    CUT: tl.constexpr = (RANK != RANK_BLOCK) or (ROPE != ROPE_BLOCK)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = head < num_heads
     channel = tl.arange(0, RANK_BLOCK)
@@ -100,31 +83,29 @@ def _mla_decode_kernel(
     sums = tl.zeros([RANK_BLOCK, HEADS], tl.float32)
     table = block_table + request * table_row
     place = tl.arange(0, KEYS)
-    end = last
-    if APART:
-        end = first + (last - first) // KEYS * KEYS
     if ONE_BLOCK:
         block = tl.load(table + first // BLOCK_SIZE)
     else:
         block = tl.load(table + (first + place) // BLOCK_SIZE, first + place < last, 0)
-    for start in range(first, end, KEYS):
-        entry = cache + (block.to(tl.int64) * BLOCK_SIZE + (start + place) % BLOCK_SIZE)[:, None] * WIDTH
+    for start in range(first, last, KEYS):
+        token = start + place
+        seen = (token < last)[:, None]
+        entry = cache + (block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * WIDTH
         if ONE_BLOCK:
             block = tl.load(table + tl.minimum(start + KEYS, last - 1) // BLOCK_SIZE)
         else:
-            token = start + KEYS + place
-            block = tl.load(table + token // BLOCK_SIZE, token < last, 0)
-        seen = start + place < last
-        latent = _load(entry + channel[None, :], seen[:, None] & (channel < RANK)[None, :], CUT or not APART)
-        k_rope = _load(entry + RANK + pair[None, :], seen[:, None] & (pair < ROPE)[None, :], CUT or not APART)
-        largest, total, sums = _attend(q1, q2, latent, k_rope, seen, scale_log2, largest, total, sums, not APART)
-    if APART and end < last:
-        seen = end + place < last
-        block = tl.load(table + end // BLOCK_SIZE)  # what the pipelined loop has read ahead need not be this one
-        entry = cache + (block.to(tl.int64) * BLOCK_SIZE + (end + place) % BLOCK_SIZE)[:, None] * WIDTH
-        latent = tl.load(entry + channel[None, :], seen[:, None] & (channel < RANK)[None, :], 0.0)
-        k_rope = tl.load(entry + RANK + pair[None, :], seen[:, None] & (pair < ROPE)[None, :], 0.0)
-        largest, total, sums = _attend(q1, q2, latent, k_rope, seen, scale_log2, largest, total, sums, True)
+            block = tl.load(table + (token + KEYS) // BLOCK_SIZE, token + KEYS < last, 0)
+        latent = tl.load(entry + channel[None, :], seen & (channel < RANK)[None, :], 0.0)
+        k_rope = tl.load(entry + RANK + pair[None, :], seen & (pair < ROPE)[None, :], 0.0)
+        scores = tl.dot(latent, q1, input_precision="ieee")
+        scores = tl.dot(k_rope, q2, scores, input_precision="ieee") * scale_log2
+        scores = tl.where(seen, scores, float("-inf"))
+        top = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp2(scores - top[None, :])
+        shrink = tl.exp2(largest - top)
+        total = total * shrink + tl.sum(weights, 0)
+        sums = tl.dot(tl.trans(latent), weights.to(latent.dtype), sums * shrink[None, :], input_precision="ieee")
+        largest = top
 
     sums = sums / total[None, :]
     if WHOLE:
@@ -150,27 +131,36 @@ def _mla_combine_value_kernel(
     V: tl.constexpr,
     V_BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,  # power of two that covers splits
+    SPLITS: tl.constexpr,  # at a time
     OVERLAP: tl.constexpr,
 ):
     """A few requests: the combination and the product with W_UV in one."""
     request = tl.program_id(0).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     row = (request * num_heads + head) * splits
-    split = tl.arange(0, SPLITS)
     channel = tl.arange(0, RANK_BLOCK)
     column = tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
     mask = (column < V)[:, None] & (channel < RANK)[None, :]
     weight = tl.load(w_uv + head * uv_head + column[:, None] * RANK + channel[None, :], mask, 0.0)
     wait(OVERLAP)
-    first, last = part_of(tl.load(seq_lens + request), split, splits, KEYS, None)
-    used = (split < splits) & (first < last)
-    logs = tl.load(log_sums + row + split, used, float("-inf"))
-    share = tl.exp2(logs - tl.max(logs, 0))
-    share = share / tl.sum(share, 0)
-    mask = used[:, None] & (channel < RANK)[None, :]
-    parts = tl.load(mixed + (row + split[:, None]) * RANK + channel[None, :], mask, 0.0)
-    latent = tl.sum(parts * share[:, None], 0).to(w_uv.dtype.element_ty).to(tl.float32)
+    seq_len = tl.load(seq_lens + request)
+    num_used = tl.cdiv(seq_len, tl.cdiv(tl.cdiv(seq_len, splits), KEYS) * KEYS)  # parts that are not empty
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    latent = tl.zeros([RANK_BLOCK], tl.float32)
+    for start in range(0, num_used, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        used = split < num_used
+        logs = tl.load(log_sums + row + split, used, float("-inf"))
+        top = tl.maximum(largest, tl.max(logs, 0))
+        share = tl.exp2(logs - top)
+        shrink = tl.exp2(largest - top)
+        inside = used[:, None] & (channel < RANK)[None, :]
+        parts = tl.load(mixed + (row + split[:, None]) * RANK + channel[None, :], inside, 0.0)
+        total = total * shrink + tl.sum(share, 0)
+        latent = latent * shrink + tl.sum(parts * share[:, None], 0)
+        largest = top
+    latent = (latent / total).to(w_uv.dtype.element_ty).to(tl.float32)
     value = tl.sum(weight.to(tl.float32) * latent[None, :], 1)
     tl.store(out + (request * num_heads + head) * V + column, value.to(out.dtype.element_ty), column < V)
 
@@ -357,7 +347,7 @@ def _head_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> N
     )  # fmt: skip
 
 
-def _decode(
+def decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
     cache: torch.Tensor,
@@ -376,7 +366,8 @@ def _decode(
         element_bytes=size,
     )  # fmt: skip
     head_blocks = triton.cdiv(heads, head_tile)
-    splits = num_splits(requests * head_blocks, device)
+    shared_bytes = (stages * keys + head_tile) * (rank + rope) * size + 4096
+    splits = num_splits(requests * head_blocks, shared_bytes, device)
     mixed = latents = torch.empty_like(q_latent)
     log_sums = None
     if splits > 1:
@@ -392,7 +383,7 @@ def _decode(
         v_dim, block = w_uv.shape[1], 32
         _mla_combine_value_kernel[(requests, heads, triton.cdiv(v_dim, block))](
             mixed, log_sums, batch.seq_lens, w_uv, out, w_uv.stride(0), splits, rank, _block(rank), v_dim, block, keys,
-            MAX_SPLITS, num_warps=8, **overlap(device),
+            2 * SPLITS_AT_ONCE, num_warps=8, **overlap(device),
         )  # fmt: skip
         return
     if log_sums is not None:
@@ -459,7 +450,7 @@ def mla_attention(
     if single:
         q_latent = torch.empty((heads, single, rank), dtype=q_nope.dtype, device=q_nope.device)
         _head_product(q_nope[:single], w_uk, q_latent.transpose(0, 1))
-        _decode(q_latent, q_rope[:single], cache, w_uv, batch, scale, out[:single])
+        decode(q_latent, q_rope[:single], cache, w_uv, batch, scale, out[:single])
     for slices in long_rows(batch, EXPANDED_BYTES // (heads * (w_uk.shape[1] + v_dim) * cache.element_size())):
         _prefill_slices((q_nope, q_rope), cache, w_uk, w_uv, slices, scale, out)
     return out

@@ -174,7 +174,7 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _gate_up_tile(
+def gate_up_tile(
     x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LIMIT: tl.constexpr,
@@ -256,12 +256,12 @@ def _moe_gate_up_kernel(
             _, flat, place, is_row, _ = _tile_of(
                 ids, tiles, slot, num_tokens, chunk, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
             )
-            _gate_up_tile(
+            gate_up_tile(
                 x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
                 TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, LIMIT,
             )  # fmt: skip
     else:
-        _gate_up_tile(
+        gate_up_tile(
             x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
             TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, LIMIT,
         )  # fmt: skip
@@ -271,8 +271,9 @@ def _moe_gate_up_kernel(
 def _down_tile(
     hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
     EXPERTS: tl.constexpr, SHARED: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """AHEAD: the first weights are on their way before the kernel that makes `hidden` has ended."""
     matrix = weight + expert * (HIDDEN * WIDTH)
     stride = WIDTH
     if SHARED > 0:
@@ -291,7 +292,13 @@ def _down_tile(
             total = tl.dot(a, b.T, total, input_precision="ieee")
     else:
         right = matrix + column[None, :] * stride + channel[:, None]
-        for start in range(0, WIDTH, K):
+        if AHEAD:
+            mask = (channel < WIDTH)[:, None] & (column < HIDDEN)[None, :]
+            b = _load(right, mask, CUT or HIDDEN % N != 0)
+            wait(OVERLAP)
+            a = tl.load(left, is_row[:, None] & (channel < WIDTH)[None, :], 0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        for start in range(K if AHEAD else 0, WIDTH, K):
             inside = start + channel < WIDTH
             a = tl.load(left + start, is_row[:, None] & inside[None, :], 0.0)
             b = _load(right + start, inside[:, None] & (column < HIDDEN)[None, :], CUT or HIDDEN % N != 0)
@@ -323,13 +330,18 @@ def _moe_down_kernel(
     REPEATS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
+    """Who is whose has stood since before _moe_gate_up_kernel, the kernel before, began: it is read without waiting."""
+    AHEAD: tl.constexpr = (MODE != 3) and (not REPEATS) and (described is None)
+    if not AHEAD:
+        wait(OVERLAP)
     slot = tl.program_id(0) // ((HIDDEN + N - 1) // N)
     part = tl.program_id(0) % ((HIDDEN + N - 1) // N)
     expert, flat, place, is_row, count = _tile_of(
         ids, tiles, slot, num_tokens, 0, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
     )
     if expert < 0:
+        if AHEAD:
+            wait(OVERLAP)
         return
     if REPEATS:
         for chunk in range(0, count, M):
@@ -338,12 +350,12 @@ def _moe_down_kernel(
             )
             _down_tile(
                 hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
-                EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K,
+                EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, AHEAD, OVERLAP,
             )  # fmt: skip
     else:
         _down_tile(
             hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
-            EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K,
+            EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, AHEAD, OVERLAP,
         )  # fmt: skip
 
 
@@ -363,7 +375,7 @@ def _moe_sum_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Shapes of the two products: rows; of each its columns (of gate and of up), channels, warps, stages, and whether its
+    """Shapes of the two products: rows; of each columns (of gate and of up), channels, warps, stages, and whether its
     weights are described: copied to where they are multiplied by the chip's own engine for that (TMA)."""
 
     rows: int
@@ -422,16 +434,16 @@ def _sort(ids: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Te
 
 
 def _slots(
-    ids: torch.Tensor, num_experts: int, num_shared: int, tile_rows: int
+    ids: torch.Tensor, num_experts: int, tile_rows: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None, int]:
-    """(constants of both products, their ids, their tiles, how many slots there are)."""
+    """(constants of both products, their ids, their tiles, how many slots there are beside the shared experts')."""
     num_tokens, choices = len(ids), ids.numel()
     constants = {"CHOICES": max(CHOICES_AT_ONCE // tile_rows, 16), "REPEATS": tile_rows < num_tokens}
     if num_tokens == 1:
-        return constants | {"MODE": EACH, "REPEATS": False}, ids, None, choices + num_shared
+        return constants | {"MODE": EACH, "REPEATS": False}, ids, None, choices
     if choices <= MAX_CHOICES:
         mode = BY_CHOICE if choices < num_experts else BY_EXPERT
-        return constants | {"MODE": mode}, ids, None, min(choices, num_experts) + num_shared
+        return constants | {"MODE": mode}, ids, None, min(choices, num_experts)
     rows, tiles = _sort(ids, num_experts, tile_rows)
     return {"CHOICES": 16, "REPEATS": False, "MODE": SORTED}, rows, tiles, len(tiles)
 
@@ -442,33 +454,36 @@ def expert_rows(
     ids: torch.Tensor,
     limit: float | None,
     shared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T * (K + S), H]: the unweighted outputs of each token's K experts, then those of all tokens' S shared ones.
 
-    matrices [E, 2I, H] and [E, H, I]; shared [2SI, H] and [H, SI], of no more than MAX_CHOICES choices.
+    matrices [E, 2I, H] and [E, H, I]; shared [2SI, H] and [H, SI], of no more than MAX_CHOICES choices. `hidden`
+    [T * (K + S), I]: where what the shared experts make of their first product stands already.
     """
     (num_tokens, top_k), (num_experts, hidden_size, width) = ids.shape, matrices[1].shape
     num_shared = shared[1].shape[1] // width if shared else 0
     tiles = _tiles(x, ids, num_experts, (hidden_size, width))
-    constants, rows, table, num_slots = _slots(ids, num_experts, num_shared, tiles.rows)
+    constants, rows, table, num_slots = _slots(ids, num_experts, tiles.rows)
     columns, channels, warps, stages, described = tiles.gate_up
     down_columns, down_channels, down_warps, down_stages, down_described = tiles.down
     gate_up = matrices[0].view(2 * num_experts, width, hidden_size), [2, columns, channels]
     down = matrices[1].view(-1, width), [down_columns, down_channels]
-    constants |= {"TOP_K": top_k, "EXPERTS": num_experts, "SHARED": num_shared, "HIDDEN": hidden_size, "WIDTH": width}
-    constants |= {"M": tiles.rows, **overlap(x.device)}
+    constants |= {"TOP_K": top_k, "EXPERTS": num_experts, "HIDDEN": hidden_size, "WIDTH": width, "M": tiles.rows}
+    constants |= overlap(x.device)
     places = num_tokens * (top_k + num_shared)
-    hidden = torch.empty((places, width), dtype=x.dtype, device=x.device)
-    _moe_gate_up_kernel[(num_slots * triton.cdiv(width, columns),)](
+    first_shared = 0 if hidden is not None else num_shared
+    hidden = torch.empty((places, width), dtype=x.dtype, device=x.device) if hidden is None else hidden
+    _moe_gate_up_kernel[((num_slots + first_shared) * triton.cdiv(width, columns),)](
         x, matrices[0], TensorDescriptor.from_tensor(*gate_up) if described and not shared else None,
         shared[0] if shared else None, hidden, rows, table, num_tokens, x.stride(0), N=columns, K=channels, LIMIT=limit,
-        num_warps=warps, num_stages=stages, **constants,
+        SHARED=first_shared, num_warps=warps, num_stages=stages, **constants,
     )  # fmt: skip
     out = torch.empty((places, hidden_size), dtype=x.dtype, device=x.device)
-    _moe_down_kernel[(num_slots * triton.cdiv(hidden_size, down_columns),)](
+    _moe_down_kernel[((num_slots + num_shared) * triton.cdiv(hidden_size, down_columns),)](
         hidden, matrices[1], TensorDescriptor.from_tensor(*down) if down_described and not shared else None,
         shared[1] if shared else None, out, rows, table, num_tokens, N=down_columns, K=down_channels,
-        num_warps=down_warps, num_stages=down_stages, **constants,
+        SHARED=num_shared, num_warps=down_warps, num_stages=down_stages, **constants,
     )  # fmt: skip
     return out
 

@@ -55,6 +55,29 @@ def _moe_sum_add_rms_norm_kernel(
     tl.store(normed_out + token * SIZE + channel, normed.to(normed_out.dtype.element_ty), mask)
 
 
+def sum_add_rms_norm(
+    y: torch.Tensor,
+    dense: torch.Tensor | None,
+    weights: torch.Tensor,
+    num_shared: int,
+    stream: tuple[torch.Tensor, torch.Tensor, float],
+    out: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, new residual) of expert_rows' y and what the shared experts give, either among them or `dense`.
+
+    stream: residual [T, H], norm_weight, eps.
+    """
+    residual, norm_weight, eps = stream
+    (num_tokens, top_k), size = weights.shape, y.shape[1]
+    normed, total = out or (torch.empty((num_tokens, size), dtype=y.dtype, device=y.device) for _ in range(2))
+    block = next_power_of_two(size)
+    _moe_sum_add_rms_norm_kernel[(num_tokens,)](
+        y, dense, weights, residual, norm_weight, normed, total, eps, residual.stride(0), top_k, num_shared, size,
+        block, num_warps=min(2 * num_warps(block), 16), **overlap(y.device),
+    )  # fmt: skip
+    return normed, total
+
+
 def moe_experts_add_rms_norm(
     x: torch.Tensor,
     w_gate_up: torch.Tensor,
@@ -70,19 +93,12 @@ def moe_experts_add_rms_norm(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See spec.py. shared experts are as wide as routed ones, or a multiple."""
-    (num_tokens, size), top_k = x.shape, ids.shape[1]
-    normed, total = out or (torch.empty((num_tokens, size), dtype=x.dtype, device=x.device) for _ in range(2))
     # The limit is the routed experts'.
-    apart = num_tokens >= MANY_TOKENS or ids.numel() > MAX_CHOICES or limit is not None
+    apart = len(x) >= MANY_TOKENS or ids.numel() > MAX_CHOICES or limit is not None
     dense = silu_mul(x @ shared_gate_up.t()) @ shared_down.t() if apart else None
     y = expert_rows(x, (w_gate_up, w_down), ids, limit, None if apart else (shared_gate_up, shared_down))
-    block = next_power_of_two(size)
     num_shared = 0 if apart else shared_down.shape[1] // w_down.shape[2]
-    _moe_sum_add_rms_norm_kernel[(num_tokens,)](
-        y, dense, weights, residual, norm_weight, normed, total, eps, residual.stride(0), top_k, num_shared, size,
-        block, num_warps=min(2 * num_warps(block), 16), **overlap(x.device),
-    )  # fmt: skip
-    return normed, total
+    return sum_add_rms_norm(y, dense, weights, num_shared, (residual, norm_weight, eps), out)
 
 
 KERNEL = Kernel("moe_experts_add_rms_norm", "triton", moe_experts_add_rms_norm)
