@@ -37,7 +37,7 @@ TYPES = {
 MATRIX = r"v_mfma|v_smfmac|wgmma\.mma_async|mma\.sync"
 # Of several 32-bit words at once: AMD's, NVIDIA's to registers, and NVIDIA's to shared memory (16 bytes).
 LOADS = r"(?:buffer|global)_load_dwordx(\d)|ld\.global[\w.:]*\.v(\d)\.b32|cp\.async\.cg\.shared\.global.*0x1(0)"
-FP8_CONVERSION = r"v_cvt_pk_fp8_f32|v_cvt_scalef32_pk_fp8|cvt\.rn\.satfinite\.e4m3x2"
+FP8_CONVERSION = r"v_cvt_(?:scalef32_)?pk_(?:fp8|\w+_fp8)|cvt\.rn\.satfinite\.e4m3x2|cvt\.rn\.f16x2\.e4m3x2"
 
 
 @dataclass(frozen=True, slots=True)

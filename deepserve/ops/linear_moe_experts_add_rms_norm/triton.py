@@ -17,7 +17,7 @@ from deepserve.ops.overlap import overlap, wait
 
 FEW_TOKENS = 16
 COLUMNS, CHANNELS = 16, 128  # of a tile of the router's product
-SHARED_COLUMNS, SHARED_CHANNELS = 32, 128  # of one of the shared experts'
+SHARED_COLUMNS, SHARED_CHANNELS = 16, 128  # of one of the shared experts', of which there are few
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

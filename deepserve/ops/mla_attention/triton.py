@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.merge_attention.triton import merge_attention
+from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
@@ -34,7 +35,9 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 def _mla_decode_kernel(
     q_latent,  # [N, B, RANK] at strides latent_head, latent_row, 1
     q_rope,  # [B, N, ROPE] at strides rope_row, rope_head, 1
-    cache,  # [slots, RANK + ROPE]
+    latents,  # the latents, rope channels and scales (None where latents are not FP8) of entries.py:Entries
+    ropes,
+    scales,
     block_table,  # [B, *] at row stride table_row
     seq_lens,
     mixed,  # fp32 [B, num_heads, splits, RANK]; with WHOLE the result itself, [num_heads, B, RANK]
@@ -51,6 +54,11 @@ def _mla_decode_kernel(
     ROPE: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     ROPE_BLOCK: tl.constexpr,
+    LATENT_WIDTH: tl.constexpr,
+    ROPE_WIDTH: tl.constexpr,
+    ROPE_AT: tl.constexpr,
+    SCALE_WIDTH: tl.constexpr,
+    SCALE_AT: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,  # there is one part, which is the context
@@ -68,7 +76,6 @@ def _mla_decode_kernel(
         return
 
     ONE_BLOCK: tl.constexpr = BLOCK_SIZE % KEYS == 0  # a tile lies in one
-    WIDTH: tl.constexpr = RANK + ROPE
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = head < num_heads
     channel = tl.arange(0, RANK_BLOCK)
@@ -90,20 +97,29 @@ def _mla_decode_kernel(
     for start in range(first, last, KEYS):
         token = start + place
         seen = (token < last)[:, None]
-        entry = cache + (block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * WIDTH
+        slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
         if ONE_BLOCK:
             block = tl.load(table + tl.minimum(start + KEYS, last - 1) // BLOCK_SIZE)
         else:
             block = tl.load(table + (token + KEYS) // BLOCK_SIZE, token + KEYS < last, 0)
-        latent = tl.load(entry + channel[None, :], seen & (channel < RANK)[None, :], 0.0)
-        k_rope = tl.load(entry + RANK + pair[None, :], seen & (pair < ROPE)[None, :], 0.0)
-        scores = tl.dot(latent, q1, input_precision="ieee")
-        scores = tl.dot(k_rope, q2, scores, input_precision="ieee") * scale_log2
+        entry = latents + slot[:, None] * LATENT_WIDTH + channel[None, :]
+        latent = tl.load(entry, seen & (channel < RANK)[None, :], 0.0).to(q1.dtype)
+        entry = ropes + slot[:, None] * ROPE_WIDTH + ROPE_AT + pair[None, :]
+        k_rope = tl.load(entry, seen & (pair < ROPE)[None, :], 0.0)
+        if scales is None:
+            scores = tl.dot(latent, q1, input_precision="ieee")
+            scores = tl.dot(k_rope, q2, scores, input_precision="ieee") * scale_log2
+        else:
+            factor = tl.load(scales + slot * SCALE_WIDTH + SCALE_AT, token < last, 0.0)[:, None]
+            scores = tl.dot(latent, q1, input_precision="ieee") * factor
+            scores = (scores + tl.dot(k_rope, q2, input_precision="ieee")) * scale_log2
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.maximum(largest, tl.max(scores, 0))
         weights = tl.exp2(scores - top[None, :])
         shrink = tl.exp2(largest - top)
         total = total * shrink + tl.sum(weights, 0)
+        if scales is not None:
+            weights = weights * factor
         sums = tl.dot(tl.trans(latent), weights.to(latent.dtype), sums * shrink[None, :], input_precision="ieee")
         largest = top
 
@@ -317,14 +333,16 @@ def _block(size: int) -> int:
     return max(next_power_of_two(size), 16)
 
 
-def _decode_tile(heads: int, element_size: int, is_amd: bool) -> tuple[int, int, int]:
+def _decode_tile(heads: int, element_size: int, is_amd: bool, is_fp8: bool) -> tuple[int, int, int]:
     """Keys, warps and stages for a tile of so many heads. Two tiles of 64 entries are what fits on chip: one is read
-    while one is used."""
+    while one is used. FP8 ones are halved, for they are in registers before they are multiplied."""
     if element_size > 2:
         return 32, 4, 2
     if is_amd:
         return (32 if heads <= HEADS else 16), 4, 2
-    return 64, (4 if heads <= HEADS else 8), 2
+    if is_fp8:
+        return 32, 8, 3
+    return 64, 4 if heads <= HEADS else 8, 2
 
 
 def _prefill_tile(element_size: int, is_amd: bool) -> tuple[int, int, int, int]:
@@ -350,7 +368,7 @@ def _head_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> N
 def decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
-    cache: torch.Tensor,
+    entries: Entries,
     w_uv: torch.Tensor,
     batch: Batch,
     scale: float,
@@ -358,15 +376,17 @@ def decode(
 ) -> None:
     """q_latent [N, B, R], q_rope [B, N, P], all one-token rows; writes out [B, N, v]."""
     heads, requests, rank = q_latent.shape
-    block_size, rope, device, size = cache.shape[1], q_rope.shape[2], cache.device, cache.element_size()
+    rope, device, size = entries.rope_dim, q_latent.device, q_latent.element_size()
     found = chip(device)
     head_tile = HEADS if heads <= HEADS or size > 2 else 32
     keys, warps, stages = DECODE.choose(
-        found, _decode_tile(head_tile, size, found.is_amd), heads=heads, requests=requests, entry=rank + rope,
-        element_bytes=size,
+        found, _decode_tile(head_tile, size, found.is_amd, entries.scales is not None), heads=heads, requests=requests,
+        entry=rank + rope, element_bytes=entries.latents.element_size(),
     )  # fmt: skip
     head_blocks = triton.cdiv(heads, head_tile)
-    shared_bytes = (stages * keys + head_tile) * (rank + rope) * size + 4096
+    shared_bytes = stages * keys * entries.entry_bytes + head_tile * (rank + rope) * size + 4096
+    if entries.scales is not None:
+        shared_bytes += keys * rank * size  # the latents that are multiplied
     splits = num_splits(requests * head_blocks, shared_bytes, device)
     mixed = latents = torch.empty_like(q_latent)
     log_sums = None
@@ -374,16 +394,17 @@ def decode(
         mixed = torch.empty((requests, heads, splits, rank), dtype=torch.float32, device=device)
         log_sums = torch.empty((requests, heads, splits), dtype=torch.float32, device=device)
     _mla_decode_kernel[(requests, head_blocks, splits)](
-        q_latent, q_rope, cache, batch.block_table, batch.seq_lens, mixed, log_sums, scale * LOG2_E, heads,
-        q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), batch.block_table.stride(0),
-        block_size, rank, rope, _block(rank), _block(rope), head_tile, keys, splits == 1,
+        q_latent, q_rope, entries.latents, entries.ropes, entries.scales, batch.block_table, batch.seq_lens, mixed,
+        log_sums, scale * LOG2_E, heads, q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1),
+        batch.block_table.stride(0), entries.block_size, rank, rope, _block(rank), _block(rope), entries.latent_width,
+        entries.rope_width, entries.rope_at, entries.scale_width, entries.scale_at, head_tile, keys, splits == 1,
         num_warps=warps, num_stages=stages, **overlap(device),
     )  # fmt: skip
     if log_sums is not None and requests <= FEW_REQUESTS:
         v_dim, block = w_uv.shape[1], 32
         _mla_combine_value_kernel[(requests, heads, triton.cdiv(v_dim, block))](
             mixed, log_sums, batch.seq_lens, w_uv, out, w_uv.stride(0), splits, rank, _block(rank), v_dim, block, keys,
-            2 * SPLITS_AT_ONCE, num_warps=8, **overlap(device),
+            4 * SPLITS_AT_ONCE, num_warps=8, **overlap(device),
         )  # fmt: skip
         return
     if log_sums is not None:
@@ -392,45 +413,68 @@ def decode(
 
 
 def _prefill(
-    q: tuple[torch.Tensor, torch.Tensor], cache: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor,
+    q: tuple[torch.Tensor, torch.Tensor], entries: Entries, w_uk: torch.Tensor, w_uv: torch.Tensor,
     rows: LongRows, scale: float, out: torch.Tensor, log_sums: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Some of a batch's long rows; q is that of the whole batch, and so is out without log_sums."""
     q_nope, q_rope = q
-    heads, v_dim, rank = w_uv.shape
-    entries = cache.view(-1, cache.shape[2]).index_select(0, rows.slots)
-    latents = entries[:, :rank].unsqueeze(0).expand(heads, -1, -1)
+    heads, v_dim, _ = w_uv.shape
+    latents, k_rope = entries.read(rows.slots)
+    latents = latents.unsqueeze(0).expand(heads, -1, -1)
     k_nope, value = torch.bmm(latents, w_uk.transpose(1, 2)), torch.bmm(latents, w_uv.transpose(1, 2))
-    nope, rope, found, size = q_nope.shape[2], q_rope.shape[2], chip(cache.device), cache.element_size()
+    nope, rope, found, size = q_nope.shape[2], q_rope.shape[2], chip(out.device), q_nope.element_size()
     tile, keys, warps, stages = PREFILL.choose(
         found, _prefill_tile(size, found.is_amd), heads=heads, queries=rows.max_query_len, nope=nope, rope=rope,
         v=v_dim, element_bytes=size,
     )  # fmt: skip
     _mla_prefill_kernel[(triton.cdiv(rows.max_query_len, tile), heads, len(rows.seq_lens))](
-        q_nope, q_rope, k_nope, entries[:, rank:], value, out, log_sums, rows.query_start, rows.context_start,
+        q_nope, q_rope, k_nope, k_rope, value, out, log_sums, rows.query_start, rows.context_start,
         rows.seq_lens, rows.offset, scale * LOG2_E, heads, q_nope.stride(0), q_nope.stride(1), q_rope.stride(0),
-        q_rope.stride(1), len(entries), entries.stride(0), nope, rope, v_dim, _block(nope), _block(rope), _block(v_dim),
-        tile, keys, log_sums is not None, num_warps=warps, num_stages=stages, **overlap(cache.device),
+        q_rope.stride(1), len(k_rope), k_rope.stride(0), nope, rope, v_dim, _block(nope), _block(rope), _block(v_dim),
+        tile, keys, log_sums is not None, num_warps=warps, num_stages=stages, **overlap(out.device),
     )  # fmt: skip
 
 
 def _prefill_slices(
-    q: tuple[torch.Tensor, torch.Tensor], cache: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor,
+    q: tuple[torch.Tensor, torch.Tensor], entries: Entries, w_uk: torch.Tensor, w_uv: torch.Tensor,
     slices: list[LongRows], scale: float, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Long rows whose context is too long to be expanded at once: each slice is attended to, and the results merged."""
     if len(slices) == 1:
-        _prefill(q, cache, w_uk, w_uv, slices[0], scale, out, None)
+        _prefill(q, entries, w_uk, w_uv, slices[0], scale, out, None)
         return
     rows = out[slices[0].tokens]
     so_far: tuple[torch.Tensor, torch.Tensor] | None = None
     for one in slices:
         part = torch.empty(rows.shape, dtype=torch.float32, device=out.device)
         log_sums = torch.empty(rows.shape[:2], dtype=torch.float32, device=out.device)
-        _prefill(q, cache, w_uk, w_uv, one, scale, part, log_sums)
+        _prefill(q, entries, w_uk, w_uv, one, scale, part, log_sums)
         so_far = (part, log_sums) if so_far is None else merge_attention(*so_far, part, log_sums, out=so_far)
     assert so_far is not None
     rows.copy_(so_far[0])
+
+
+def attend(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    entries: Entries,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """mla_attention over any kind of entries. The last dimension of q_nope and q_rope is contiguous, and so is out."""
+    single, (heads, v_dim, rank) = batch.num_single, w_uv.shape
+    if out is None:
+        out = torch.empty((len(q_nope), heads, v_dim), dtype=q_nope.dtype, device=q_nope.device)
+    if single:
+        q_latent = torch.empty((heads, single, rank), dtype=q_nope.dtype, device=q_nope.device)
+        _head_product(q_nope[:single], w_uk, q_latent.transpose(0, 1))
+        decode(q_latent, q_rope[:single], entries, w_uv, batch, scale, out[:single])
+    for slices in long_rows(batch, EXPANDED_BYTES // (heads * (w_uk.shape[1] + v_dim) * q_nope.element_size())):
+        _prefill_slices((q_nope, q_rope), entries, w_uk, w_uv, slices, scale, out)
+    return out
 
 
 def mla_attention(
@@ -443,17 +487,8 @@ def mla_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See spec.py. The last dimension of q_nope and q_rope is contiguous, and so is out."""
-    single, (heads, v_dim, rank) = batch.num_single, w_uv.shape
-    if out is None:
-        out = torch.empty((len(q_nope), heads, v_dim), dtype=q_nope.dtype, device=q_nope.device)
-    if single:
-        q_latent = torch.empty((heads, single, rank), dtype=q_nope.dtype, device=q_nope.device)
-        _head_product(q_nope[:single], w_uk, q_latent.transpose(0, 1))
-        decode(q_latent, q_rope[:single], cache, w_uv, batch, scale, out[:single])
-    for slices in long_rows(batch, EXPANDED_BYTES // (heads * (w_uk.shape[1] + v_dim) * cache.element_size())):
-        _prefill_slices((q_nope, q_rope), cache, w_uk, w_uv, slices, scale, out)
-    return out
+    """See spec.py and `attend`."""
+    return attend(q_nope, q_rope, Entries.plain(cache, w_uk.shape[2]), w_uk, w_uv, batch, scale, out)
 
 
 KERNEL = Kernel("mla_attention", "triton", mla_attention)

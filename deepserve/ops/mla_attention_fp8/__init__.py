@@ -1,5 +1,5 @@
 """Multi-head latent attention over a paged cache of latents in FP8."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu
+from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
 
-KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"))
+KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"), triton("tolerance"))

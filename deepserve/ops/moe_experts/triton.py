@@ -128,7 +128,7 @@ def _tile_of(
     elif MODE == 0:
         expert = tl.load(ids + slot, slot < TOP_K, 0).to(tl.int64)
         expert = tl.where(slot < TOP_K, expert, EXPERTS - TOP_K + slot)
-        flat = slot + number
+        flat = slot + 0 * number  # rows that are none read where one is
         return expert, flat, flat, number < 1, 1
     else:
         num_choices = num_tokens * TOP_K

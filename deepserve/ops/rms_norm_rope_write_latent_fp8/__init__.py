@@ -1,5 +1,5 @@
 """What MLA stores of a token in FP8, from the projection to the cache in one pass."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu
+from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
 
-KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"))
+KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"), triton("tolerance"))

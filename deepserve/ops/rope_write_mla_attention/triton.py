@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two
+from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.mla_attention.triton import decode, mla_attention
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
@@ -145,7 +146,7 @@ def rope_write_mla_attention(
         k_rope.stride(0), w_uk.stride(0), heads, interleaved, nope, dim, rank, max(next_power_of_two(nope), 16),
         next_power_of_two(dim // 2), next_power_of_two(rank), m, COLUMNS, num_warps=4, **overlap(q_nope.device),
     )  # fmt: skip
-    decode(q_latent, rotated, cache, w_uv, batch, scale, out)
+    decode(q_latent, rotated, Entries.plain(cache, rank), w_uv, batch, scale, out)
     return out
 
 
