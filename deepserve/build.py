@@ -172,9 +172,7 @@ def _dense_length(plan: Plan) -> int:
     return attention.dense_length
 
 
-def _proposer(
-    speculation: Speculation, mtp: list[BoundGraph], argmax: Callable[[torch.Tensor], torch.Tensor], slots: Slots
-) -> Proposer:
+def _proposer(speculation: Speculation, mtp: list[BoundGraph], argmax: Callable[..., Any], slots: Slots) -> Proposer:
     if speculation.method == "ngram":
         return NgramProposer(slots, speculation)
     forward, logits = mtp

@@ -36,7 +36,7 @@ class SamplingRows:
 class Sampler:
     """Calls the plan's argmax and softmax kernels (ops/argmax, ops/softmax)."""
 
-    def __init__(self, argmax: Callable[..., torch.Tensor], softmax: Callable[..., torch.Tensor]):
+    def __init__(self, argmax: Callable[..., tuple[torch.Tensor, torch.Tensor]], softmax: Callable[..., torch.Tensor]):
         self.argmax = argmax
         self.softmax = softmax
 
@@ -61,8 +61,7 @@ class Sampler:
 
     def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`sample` for rows that need nothing else: argmax, and the logit that it found as evidence."""
-        tokens = self.argmax(logits)
-        return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        return self.argmax(logits)
 
     def _modify(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """A copy of the logits with each row's own grammar, edits and penalties."""
