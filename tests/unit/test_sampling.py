@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from deepserve.errors import AskError
 from deepserve.ops.argmax.spec import argmax
+from deepserve.ops.load import load_kernel
 from deepserve.ops.sample.spec import keep_leading, sample
-from deepserve.sampling.columns import SamplingColumns, seed_of, uniforms
+from deepserve.sampling.columns import STRUCTURED, SamplingColumns, seed_of, uniforms
 from deepserve.sampling.edits import Edits
 from deepserve.sampling.logprobs import token_logprobs
 from deepserve.sampling.penalties import penalise
@@ -20,9 +21,11 @@ SAMPLER = Sampler(argmax, sample)
 EOS = (1,)
 
 
-def _rows(params: list[SamplingParams], histories: list[list[int]], prompts: list[int], vocab: int) -> SamplingRows:
+def _rows(
+    params: list[SamplingParams], histories: list[list[int]], prompts: list[int], vocab: int, device: str = "cpu"
+) -> SamplingRows:
     columns = SamplingColumns.empty(len(params))
-    edits = [Edits(one, EOS, vocab, "cpu") for one in params]
+    edits = [Edits(one, EOS, vocab, device) for one in params]
     for row, one in enumerate(params):
         columns.write(row, one, seed_of(one, str(row), 0), bool(edits[row]))
     width = max(map(len, histories))
@@ -30,7 +33,7 @@ def _rows(params: list[SamplingParams], histories: list[list[int]], prompts: lis
     for row, tokens in enumerate(histories):
         history[row, : len(tokens)] = torch.tensor(tokens)
     lengths = np.array([len(tokens) for tokens in histories])
-    return SamplingRows(columns, np.arange(len(params)), lengths, np.array(prompts), edits, history)
+    return SamplingRows(columns, np.arange(len(params)), lengths, np.array(prompts), edits, history.to(device))
 
 
 def _sample(logits: torch.Tensor, params: list[SamplingParams], histories=None, prompts=None) -> torch.Tensor:
@@ -265,6 +268,38 @@ def test_a_row_ignores_its_neighbours(vocab: int) -> None:
     before = logits.clone()
     SAMPLER.sample(logits, rows)
     assert torch.equal(logits, before), "the logits belong to the caller"
+
+
+def _unheard(count: int, vocab: int, device: str) -> SamplingRows:
+    """Rows that ask for everything but what the host has to look at tokens for: bad words of several."""
+    params = [_anything(index) for index in range(count)]
+    for one in params:
+        one.bad_words_ids = one.bad_words_ids and [[5]]
+    rows = _rows(
+        params, [[1 + i % 7] * (5 + i % 9) for i in range(count)], [1 + i % 5 for i in range(count)], vocab, device
+    )
+    rows.masks = np.full((count, -(-vocab // 32)), -1, np.int32)
+    rows.columns.needs[::3] |= STRUCTURED
+    return rows
+
+
+def test_the_host_looks_at_no_value() -> None:
+    """On a device that has none, looking is an error."""
+    tokens, evidence = SAMPLER.sample(torch.empty(48, 257, device="meta"), _unheard(48, 257, "meta"))
+    assert (tokens.device.type, evidence.device.type) == ("meta", "meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_waits_for_nothing() -> None:
+    sampler = Sampler(load_kernel("argmax", "triton").function, load_kernel("sample", "triton").function)
+    rows, logits = _unheard(48, 4099, "cuda"), torch.randn(48, 4099, device="cuda")
+    sampler.sample(logits, rows)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        sampler.sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_top_k_one_and_tiny_temperatures_are_greedy() -> None:
