@@ -102,12 +102,12 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         dense = _bind_dense(plan, model, packed, recorders) if plan.optimizations["skip_indexer"] else None
         in_fp8 = Counter(spec.kind for spec in specs if spec.dtype == "bytes")
         counters.update(fp8_kv_cache=in_fp8["mla_latent"], fp8_index_keys=in_fp8["index_keys"])
-    argmax, softmax = (recorders.load(op, plan.kernels[op]).function for op in ("argmax", "softmax"))
+    argmax, sample = (recorders.load(op, plan.kernels[op]).function for op in ("argmax", "sample"))
     vocab_size = plan.architecture.vocab_size
     grammars = Grammars(plan.tokenizer_path, vocab_size, plan.architecture.eos_token_ids)
     slots = Slots(plan.max_num_seqs, plan.max_model_len, plan.block_size, vocab_size, device, plan.seed, grammars)
     proposer = _proposer(plan.speculation, mtp, argmax, slots) if plan.speculation else None
-    runner = ModelRunner(forward, logits, Sampler(argmax, softmax), slots, proposer, rings)
+    runner = ModelRunner(forward, logits, Sampler(argmax, sample), slots, proposer, rings)
     with phase("warm-up"):
         num_tokens = min(plan.max_num_batched_tokens, plan.max_model_len - 1, plan.num_blocks * plan.block_size - 1)
         for count in KERNEL_TOKENS if plan.device == "cuda" else (NUM_TOKENS,):
@@ -172,9 +172,7 @@ def _dense_length(plan: Plan) -> int:
     return attention.dense_length
 
 
-def _proposer(
-    speculation: Speculation, mtp: list[BoundGraph], argmax: Callable[[torch.Tensor], torch.Tensor], slots: Slots
-) -> Proposer:
+def _proposer(speculation: Speculation, mtp: list[BoundGraph], argmax: Callable[..., Any], slots: Slots) -> Proposer:
     if speculation.method == "ngram":
         return NgramProposer(slots, speculation)
     forward, logits = mtp

@@ -31,6 +31,7 @@ TYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.float64: "fp64",
     torch.int64: "i64",
     torch.bool: "i1",
 }

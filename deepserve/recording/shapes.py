@@ -31,6 +31,7 @@ MAX_CALLS = 32  # kept of an op
 MAX_BYTES = 32 << 20  # of all of them; calls that came too late are counted only
 BATCH_FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "derived"]
 FINITE = {"low": 0x30, "high": 0x40}  # bytes that are numbers from 0 to 2 as e4m3, fp16, bf16 and fp32 alike
+COLUMN = 1 << 10  # rows of a column that is kept
 MEASURED = 1 << 16  # leading elements of a tensor whose mean and deviation are taken
 
 
@@ -43,7 +44,8 @@ class _Call:
 class ShapeRecorder:
     """Two calls are alike if their types are and their sizes round up to the same powers of two: the first is kept.
 
-    Integers are kept as they are (block ids renumbered), floating-point tensors as shape, mean and deviation.
+    Integers are kept as they are (block ids renumbered), and so are the fp32 and fp64 columns of sampling; other
+    floating-point tensors as shape, mean and deviation.
     Warm-up is not seen. `paged` are the caches in blocks.
     """
 
@@ -147,7 +149,8 @@ class ShapeRecorder:
         if self._is_paged(value):
             told["tensor"] = [max(len(blocks), 1), *value.shape[1:]]
             return told | (FINITE if value.dtype == torch.uint8 else {"mean": 0.0, "std": 1.0})
-        if value.dtype in (torch.int64, torch.int32):
+        is_column = value.dim() == 1 and len(value) <= COLUMN and value.dtype in (torch.float32, torch.float64)
+        if is_column or value.dtype in (torch.int64, torch.int32):
             numbers = value.cpu().numpy()
             if name == "block_table":
                 numbers = np.searchsorted(blocks, numbers).astype(numbers.dtype)

@@ -1,4 +1,4 @@
-"""A scheduled step as tensors: NumPy on the host, two copies to the device."""
+"""A scheduled step as tensors: NumPy on the host, one copy to the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from deepserve.runner.batch import Batch
 from deepserve.runner.slots import Slots
 from deepserve.scheduler.output import ScheduledRow, ScheduledStep
-from deepserve.transfer import send
+from deepserve.transfer import send_all
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ def prepare(step: ScheduledStep, slots: Slots) -> Prepared:
     places, positions, drafts = slot[place], (computed + lengths)[place] - back + 1, np.full(len(place), -1)
     if first[-1] > len(sampled):
         drafts[back > 1] = [token_id for row in sampled for token_id in row.draft_token_ids]
-        (token_ids,) = _to_device(slots.token_ids.device, drafts[back > 1])
+        (token_ids,) = send_all(slots.token_ids.device, drafts[back > 1])
         slots.write(places[back > 1], positions[back > 1], token_ids)
     batch, next_idx = make_batch(slots, slot, computed, starts, starts[place + 1] - back)
     return Prepared(
@@ -85,17 +85,15 @@ def make_batch(
     max_seq_len = int(contexts.max())
     tables = slots.block_table[slot, : -(-max_seq_len // block_size)]
     device = slots.token_ids.device
-    where, position, mapping, rings, sample = _to_device(
-        device, token_slot * width + positions, positions, slot_mapping, slots.ring_ids[slot], sample_idx
-    )
-    query_start, seq_lens, table = _to_device(
-        device, starts.astype(np.int32), contexts.astype(np.int32), tables.reshape(-1)
-    )
+    where, position, mapping, rings, sample, query_start, seq_lens, table = send_all(
+        device, token_slot * width + positions, positions, slot_mapping, slots.ring_ids[slot], sample_idx,
+        starts.astype(np.int32), contexts.astype(np.int32), tables,
+    )  # fmt: skip
     batch = Batch(
         token_ids=slots.token_ids.view(-1).index_select(0, where).long(),
         positions=position,
         slot_mapping=mapping,
-        block_table=table.view(len(slot), -1),
+        block_table=table,
         query_start=query_start,
         seq_lens=seq_lens,
         ring_ids=rings,
@@ -115,16 +113,3 @@ def offsets(counts: np.ndarray) -> np.ndarray:
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
-
-
-def _to_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """The arrays (of one dtype) as tensors, sent in a single copy.
-
-    Each begins at a multiple of 16 bytes: kernels are compiled for that alignment, and for no other while serving.
-    """
-    unit = 16 // arrays[0].itemsize
-    sizes = [-(-len(array) // unit) * unit for array in arrays]
-    packed = np.zeros(sum(sizes), arrays[0].dtype)
-    for array, end, size in zip(arrays, np.cumsum(sizes), sizes):
-        packed[end - size : end - size + len(array)] = array
-    return tuple(part[: len(array)] for part, array in zip(send(packed, device).split(sizes), arrays))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,13 +19,13 @@ _MASK = 2**64 - 1
 
 @dataclass(slots=True)
 class SamplingColumns:
-    """One entry a row. `needs` is a sum of the constants above; top_k 0, top_p 1 and min_p 0 mean no such filter."""
+    """One entry a row. `needs` is a sum of the constants above; temperature and filters are what ops/sample takes."""
 
     needs: np.ndarray  # int32
     temperature: np.ndarray  # float32; 1 for greedy rows
-    top_k: np.ndarray  # int64
-    top_p: np.ndarray  # float64
-    min_p: np.ndarray  # float64
+    top_k: np.ndarray  # int64; 0: all; 1 for greedy rows
+    top_p: np.ndarray  # float64; 1: all
+    log_min_p: np.ndarray  # float32: temperature * ln(min_p); -inf: all
     presence: np.ndarray  # float32
     frequency: np.ndarray  # float32
     repetition: np.ndarray  # float32
@@ -34,7 +35,7 @@ class SamplingColumns:
     def empty(cls, num_rows: int) -> SamplingColumns:
         """Columns of greedy rows."""
         f32, f64 = np.float32, np.float64
-        dtypes = (np.int32, f32, np.int64, f64, f64, f32, f32, f32, np.uint64)
+        dtypes = (np.int32, f32, np.int64, f64, f32, f32, f32, f32, np.uint64)
         columns = cls(*(np.zeros(num_rows, dtype) for dtype in dtypes))
         columns.clear(slice(None))
         return columns
@@ -42,7 +43,8 @@ class SamplingColumns:
     def clear(self, row: int | slice) -> None:
         """Makes the row a greedy one that remembers nothing."""
         for column in fields(self):
-            getattr(self, column.name)[row] = 1 if column.name in ("temperature", "top_p", "repetition") else 0
+            getattr(self, column.name)[row] = 1 if column.name in ("temperature", "top_k", "top_p", "repetition") else 0
+        self.log_min_p[row] = -math.inf
 
     def write(self, row: int, sampling: SamplingParams, seed: int, edited: bool) -> None:
         """Fills the row; `edited`: it has edits (sampling/edits.py)."""
@@ -58,9 +60,10 @@ class SamplingColumns:
             + STRUCTURED * (sampling.structured_outputs is not None)
         )
         self.temperature[row] = 1 if greedy else sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
+        self.top_k[row] = 1 if greedy else sampling.top_k
+        self.top_p[row] = 1 if greedy else sampling.top_p
+        drops = bool(sampling.min_p) and not greedy
+        self.log_min_p[row] = np.float32(sampling.temperature) * math.log(sampling.min_p) if drops else -math.inf
         self.presence[row] = sampling.presence_penalty
         self.frequency[row] = sampling.frequency_penalty
         self.repetition[row] = sampling.repetition_penalty

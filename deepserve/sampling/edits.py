@@ -1,4 +1,4 @@
-"""Changes of single logits that a request asks for: allowed ids, bad words, min_tokens, logit_bias."""
+"""Changes of single logits that a request asks for: a grammar, allowed ids, bad words, min_tokens, logit_bias."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ class Edits:
             logits[self.end_ids] = -torch.inf
         if self.bias_ids is not None:
             logits[self.bias_ids] += self.bias
+
+
+def keep_legal(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """logits [S, V], masks [S, ceil(V / 32)] int32 of a grammar: -inf where a token's bit (lowest first) is 0."""
+    bits = masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def check_ids(sampling: SamplingParams, vocab_size: int) -> None:

@@ -2,7 +2,8 @@
 
 The order is vLLM's: the grammar of a structured output, edits (allowed ids, bad words, min_tokens, logit_bias),
 penalties, temperature, min-p, top-k, top-p, then one uniform number through the inverse of the cumulative distribution,
-in the order of the vocabulary.
+in the order of the vocabulary. From temperature on it is one op (ops/sample). The host waits for nothing but the last
+tokens of rows with bad words of several tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy as np
 import torch
 
 from deepserve.sampling.columns import EDITED, FILTERED, PENALISED, SAMPLED, STRUCTURED, SamplingColumns, uniforms
-from deepserve.sampling.edits import Edits
-from deepserve.sampling.filters import drop_below_min_p, keep_legal, keep_top_k, keep_top_p
+from deepserve.sampling.edits import Edits, keep_legal
 from deepserve.sampling.penalties import penalise
-from deepserve.transfer import send
+from deepserve.transfer import send_all
 
 
 @dataclass(slots=True)
@@ -34,97 +34,50 @@ class SamplingRows:
 
 
 class Sampler:
-    """Calls the plan's argmax and softmax kernels (ops/argmax, ops/softmax)."""
+    """Calls the plan's argmax and sample kernels (ops/argmax, ops/sample)."""
 
-    def __init__(self, argmax: Callable[..., torch.Tensor], softmax: Callable[..., torch.Tensor]):
-        self.argmax = argmax
-        self.softmax = softmax
+    def __init__(
+        self,
+        argmax: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        sample: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ):
+        self.most_probable = argmax  # `sample` for rows that need nothing else
+        self.draw = sample
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits [S, V] fp32 -> (token ids [S] int64, evidence [S]: finite where the row had a token to give)."""
-        needs = int(np.bitwise_or.reduce(rows.columns.needs))
+        """logits [S, V] fp32 -> (token ids [S] int64, evidence [S] fp32: finite where the row had a token to give)."""
+        columns = rows.columns
+        needs = int(np.bitwise_or.reduce(columns.needs))
         if needs & (EDITED | PENALISED | STRUCTURED):
             logits = self._modify(logits, rows)
         if not needs & SAMPLED:
             return self.most_probable(logits)
-        drawn = np.flatnonzero(rows.columns.needs & SAMPLED)
-        if len(drawn) == len(logits):
-            return self._draw(logits, rows.columns, rows.positions)
-        greedy = _index(np.flatnonzero(~rows.columns.needs & SAMPLED), logits)
-        index = _index(drawn, logits)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        evidence = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-        token, proof = self.most_probable(logits[greedy])
-        tokens[greedy], evidence[greedy] = token, proof.double()
-        tokens[index], evidence[index] = self._draw(logits[index], rows.columns.take(drawn), rows.positions[drawn])
-        return tokens, evidence
-
-    def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sample` for rows that need nothing else: argmax, and the logit that it found as evidence."""
-        tokens = self.argmax(logits)
-        return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        # A greedy row among sampled ones is one of which top-k keeps a single token.
+        filtered = bool(needs & FILTERED) or not (columns.needs & SAMPLED).all()
+        drawn = uniforms(columns.seed, rows.positions)
+        numbers = (columns.temperature, columns.top_k, columns.top_p, columns.log_min_p, drawn)
+        return self.draw(logits, *send_all(logits.device, *numbers), filtered)
 
     def _modify(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """A copy of the logits with each row's own grammar, edits and penalties."""
         logits, columns = logits.clone(), rows.columns
         structured = np.flatnonzero(columns.needs & STRUCTURED)
         if len(structured) and rows.masks is not None:
-            index = _index(structured, logits)
-            logits[index] = keep_legal(logits[index], _index(rows.masks[structured], logits))
+            index, masks = send_all(logits.device, structured, rows.masks[structured])
+            logits[index] = keep_legal(logits[index], masks)
         for i in np.flatnonzero(columns.needs & EDITED):
             edits, prompt, end = rows.edits[i], int(rows.num_prompt_tokens[i]), int(rows.positions[i])
             if edits is not None:
                 tail = rows.history[int(rows.slots[i]), max(prompt, end - edits.tail_length) : end]
-                edits.apply(logits[i], end - prompt, tail.tolist())
+                edits.apply(logits[i], end - prompt, tail.tolist() if edits.tail_length else [])
         chosen = np.flatnonzero(columns.needs & PENALISED)
         if len(chosen):
-            index, ends = _index(chosen, logits), rows.positions[chosen]
-            tokens = rows.history[_index(rows.slots[chosen], logits), : int(ends.max())].long()
-            logits[index] = penalise(
-                logits[index],
-                tokens,
-                _index(rows.num_prompt_tokens[chosen], logits),
-                _index(ends, logits),
-                *(
-                    _index(column[chosen], logits)
-                    for column in (columns.presence, columns.frequency, columns.repetition)
-                ),
-            )
+            ends = rows.positions[chosen]
+            told = (
+                rows.slots, rows.num_prompt_tokens, rows.positions, columns.presence, columns.frequency,
+                columns.repetition,
+            )  # fmt: skip
+            index, slots, *numbers = send_all(logits.device, chosen, *(column[chosen] for column in told))
+            tokens = rows.history[slots, : int(ends.max())].long()
+            logits[index] = penalise(logits[index], tokens, *numbers)
         return logits
-
-    def _draw(
-        self, logits: torch.Tensor, columns: SamplingColumns, positions: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draw a row at its temperature. The sums are fp64: fp32 would lose the tail of 129,280 tokens."""
-        filtered = bool(np.bitwise_or.reduce(columns.needs) & FILTERED)
-        if filtered:
-            logits = _filter_logits(logits, columns)
-        probabilities = self.softmax(logits, _index(columns.temperature, logits))
-        if filtered:
-            rows = np.flatnonzero(columns.top_p < 1)
-            if len(rows):
-                index = _index(rows, logits)
-                nucleus = keep_top_p(probabilities[index], _index(columns.top_p[rows], logits))
-                probabilities = probabilities.index_copy(0, index, nucleus)
-        sums = probabilities.cumsum(-1, dtype=torch.float64)
-        total = sums[:, -1:]
-        target = total * _index(uniforms(columns.seed, positions), logits).unsqueeze(1)
-        tokens = torch.searchsorted(sums, target, right=True).squeeze(1)
-        return tokens.clamp_(max=logits.shape[1] - 1), total.squeeze(1)
-
-
-def _filter_logits(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    rows = np.flatnonzero(columns.min_p > 0)
-    if len(rows):
-        index = _index(rows, logits)
-        log_min_p = (columns.temperature[rows] * np.log(columns.min_p[rows])).astype(np.float32)
-        logits = logits.index_copy(0, index, drop_below_min_p(logits[index], _index(log_min_p, logits)))
-    rows = np.flatnonzero((columns.top_k > 0) & (columns.top_k < logits.shape[1]))
-    if len(rows):
-        index = _index(rows, logits)
-        logits = logits.index_copy(0, index, keep_top_k(logits[index], _index(columns.top_k[rows], logits)))
-    return logits
-
-
-def _index(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return send(values, like.device)

@@ -26,7 +26,7 @@ class MtpProposer:
         self,
         forward: Callable[[torch.Tensor, Batch], torch.Tensor],
         logits: Callable[[torch.Tensor], torch.Tensor],
-        argmax: Callable[[torch.Tensor], torch.Tensor],
+        argmax: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         slots: Slots,
         num_tokens: int,
     ):
@@ -57,7 +57,7 @@ class MtpProposer:
                 ones = np.arange(len(alive) + 1)
                 batch, next_idx = make_batch(self.slots, slot, position + count - 1, ones, ones[:-1])
                 hidden = self.forward(hidden, self._shifted(batch, next_idx))
-            tokens = self.argmax(self.logits(hidden))
+            tokens, _ = self.argmax(self.logits(hidden))
             self.slots.write(slot, position + count + 1, tokens)
             guesses.append((alive, tokens))
         drafts: list[list[int]] = [[] for _ in newest]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepserve.errors import AskError
-from deepserve.sampling.filters import keep_legal
+from deepserve.sampling.edits import keep_legal
 from deepserve.sampling.grammar import MAX_COMPILED, Grammars, bits
 from deepserve.sampling.vocabulary import Vocabulary
 from deepserve.sampling_params import SamplingParams

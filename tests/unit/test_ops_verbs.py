@@ -36,7 +36,7 @@ def test_what_is_possible_depends_on_the_machine(capsys):
 
 
 def test_the_table_lines_up(capsys):
-    assert run(["softmax", "add_rms_norm", "--dtype", "fp32"]) == 0
+    assert run(["sample", "add_rms_norm", "--dtype", "fp32"]) == 0
     _, header, *lines = capsys.readouterr().out.splitlines()
     start = header.index("possible")
     assert all(line[start - 1] == " " and line[start] != " " for line in lines)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepserve.ops.argmax.spec import argmax
-from deepserve.ops.softmax.spec import softmax
+from deepserve.ops.sample.spec import sample
 from deepserve.runner.model_runner import ModelRunner
 from deepserve.runner.prepare import prepare
 from deepserve.runner.slots import Slots
@@ -106,7 +106,7 @@ def _runner(num_slots: int = 6) -> ModelRunner:
     def forward(batch) -> torch.Tensor:
         return torch.nn.functional.one_hot((batch.token_ids + batch.positions) % VOCAB, VOCAB).float()
 
-    return ModelRunner(forward, lambda hidden: hidden * 20, Sampler(argmax, softmax), _slots(num_slots))
+    return ModelRunner(forward, lambda hidden: hidden * 20, Sampler(argmax, sample), _slots(num_slots))
 
 
 def test_sampled_tokens_are_read_back_from_the_slot() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deepserve.messages import DraftCounts
 from deepserve.ops.argmax.spec import argmax
-from deepserve.ops.softmax.spec import softmax
+from deepserve.ops.sample.spec import sample
 from deepserve.sampling.columns import SamplingColumns
 from deepserve.sampling.sampler import Sampler, SamplingRows
 from deepserve.sampling.verify import verify
@@ -90,7 +90,7 @@ def generate(sampling: SamplingParams, propose, judge=verify, num_trials: int = 
     """NUM_TOKENS tokens of every trial and how many drafts stood: the sampler's and verify's own arrays, no loop over
     trials. `propose(last tokens [N], trials [N], round) -> [N, NUM_DRAFTS]`.
     """
-    sampler, columns = Sampler(argmax, softmax), SamplingColumns.empty(num_trials)
+    sampler, columns = Sampler(argmax, sample), SamplingColumns.empty(num_trials)
     columns.write(slice(None), sampling, 0, False)
     columns.seed[:] = np.random.RandomState(5).randint(0, 2**63, num_trials, np.int64).astype(np.uint64)
     width = len(PROMPT) + NUM_TOKENS + NUM_DRAFTS + 1

@@ -1,4 +1,4 @@
-"""The most likely token of each row."""
+"""The most likely token of each row, and its logit."""
 
 from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
 

@@ -7,9 +7,10 @@ import torch
 from deepserve.ops.op import Kernel
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [S, V] fp32 -> [S] int64."""
-    return torch.from_numpy(logits.numpy().argmax(-1))
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See spec.py."""
+    tokens = torch.from_numpy(logits.numpy().argmax(-1))
+    return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
 KERNEL = Kernel("argmax", "cpu", argmax)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deepserve.ops.fp32_order import LEAST, key_of, value_of
 from deepserve.ops.launch import next_power_of_two
 from deepserve.ops.op import Kernel
 
@@ -13,37 +14,43 @@ PART = 8192  # of a vocabulary: 16 programs for each row of 129280
 
 
 @triton.jit
-def _argmax_parts_kernel(logits, values, indices, row_stride, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_parts_kernel(logits, keys, indices, row_stride, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
     row_part = tl.load(logits + row * row_stride + column, column < vocab_size, float("-inf"))
-    value, index = tl.max(row_part, 0, return_indices=True)  # the leftmost among equals
-    tl.store(values + row * PARTS + part, value)
+    key, index = tl.max(key_of(row_part), 0, return_indices=True)  # the leftmost among equals
+    tl.store(keys + row * PARTS + part, key)
     tl.store(indices + row * PARTS + part, part * BLOCK + index)
 
 
 @triton.jit
-def _argmax_kernel(values, indices, out, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_kernel(keys, indices, tokens, values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
-    best = tl.argmax(tl.load(values + row * PARTS + part, part < PARTS, float("-inf")), 0)
-    tl.store(out + row, tl.load(indices + row * PARTS + best).to(tl.int64))
+    key, best = tl.max(tl.load(keys + row * PARTS + part, part < PARTS, LEAST - 1), 0, return_indices=True)
+    tl.store(tokens + row, tl.load(indices + row * PARTS + best).to(tl.int64))
+    tl.store(values + row, value_of(key))
 
 
-def argmax(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def argmax(
+    logits: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See spec.py. Rows may be strided."""
     num_rows, vocab_size = logits.shape
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
+    tokens, values = out or (
+        torch.empty(num_rows, dtype=torch.int64, device=logits.device),
+        torch.empty(num_rows, dtype=torch.float32, device=logits.device),
+    )
     block = min(next_power_of_two(vocab_size), PART)
     parts = triton.cdiv(vocab_size, block)
-    values = torch.empty((num_rows, parts), dtype=logits.dtype, device=logits.device)
+    keys = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     indices = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     _argmax_parts_kernel[(num_rows, parts)](
-        logits, values, indices, logits.stride(0), vocab_size, parts, block, num_warps=8
+        logits, keys, indices, logits.stride(0), vocab_size, parts, block, num_warps=8
     )
-    _argmax_kernel[(num_rows,)](values, indices, out, parts, next_power_of_two(parts), num_warps=1)
-    return out
+    _argmax_kernel[(num_rows,)](keys, indices, tokens, values, parts, next_power_of_two(parts), num_warps=1)
+    return tokens, values
 
 
 KERNEL = Kernel("argmax", "triton", argmax)
