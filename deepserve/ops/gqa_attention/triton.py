@@ -165,9 +165,16 @@ def _decode(
     combine(mixed, log_sums, batch.seq_lens, out, keys, window)
 
 
-def gqa_attention(q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None) -> torch.Tensor:
-    """See spec.py. The last dimension of q is contiguous."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def gqa_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See spec.py. The last dimension of q is contiguous, and so is out."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     single, num_long = batch.num_single, len(batch.query_lens) - batch.num_single
     if single:
         _decode(q[:single], cache, batch, scale, window, out[:single])

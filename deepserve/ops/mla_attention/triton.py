@@ -293,10 +293,12 @@ def mla_attention(
     w_uv: torch.Tensor,
     batch: Batch,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See spec.py. The last dimension of q_nope and q_rope is contiguous."""
+    """See spec.py. The last dimension of q_nope and q_rope is contiguous, and so is out."""
     single = batch.num_single
-    out = torch.empty((*q_nope.shape[:2], w_uv.shape[1]), dtype=q_nope.dtype, device=q_nope.device)
+    if out is None:
+        out = torch.empty((*q_nope.shape[:2], w_uv.shape[1]), dtype=q_nope.dtype, device=q_nope.device)
     if single:
         q_latent = torch.bmm(q_nope[:single].transpose(0, 1), w_uk)
         _decode(q_latent, q_rope[:single], cache, w_uv, batch, scale, out[:single])
