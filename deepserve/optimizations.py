@@ -156,7 +156,27 @@ TABLE = (
         replays=True,
         needs=_recordable,
         requires=("triton_kernels",),
-        field="cuda_graphs",
+    ),
+    Row(
+        "piecewise_graphs",
+        "What lies between two attentions is recorded, once for each padded number of tokens, and replayed.",
+        "tolerance",
+        "steps that were replayed in pieces",
+        replays=True,
+        needs=_recordable,
+        requires=("triton_kernels",),
+    ),
+    Row(
+        "mixed_graphs",
+        "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a prompt "
+        "then reads its whole context.",
+        "tolerance",
+        "mixed steps that were replayed",
+        default="off",
+        replays=True,
+        needs=_recordable,
+        requires=("cuda_graphs",),
+        covers=("piecewise_graphs",),
     ),
     Row(
         "cpu_kernels",
@@ -248,6 +268,16 @@ TABLE = (
 
 ROWS = {row.name: row for row in TABLE}
 
+# vLLM's names (config.cudagraph_mode), and the rows that are on where one of them is asked for; others of these are off
+GRAPH_MODES: dict[str, tuple[str, ...]] = {
+    "NONE": (),
+    "PIECEWISE": ("piecewise_graphs",),
+    "FULL": ("cuda_graphs", "mixed_graphs"),
+    "FULL_DECODE_ONLY": ("cuda_graphs",),
+    "FULL_AND_PIECEWISE": ("cuda_graphs", "piecewise_graphs"),
+}
+GRAPH_ROWS = frozenset(name for names in GRAPH_MODES.values() for name in names)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -267,7 +297,9 @@ def decide(config: Config, facts: Facts, dtype: str) -> dict[str, Decision]:
             why_not = why_not or "every op is watched (trace_ops, capture_shapes), and what is replayed calls none"
         want = asked.get(row.name)
         if want and why_not:
-            raise AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or --off {row.name}")
+            asked_by_mode = row.name in GRAPH_ROWS and row.name not in config.on
+            hint = "--cudagraph-mode NONE" if asked_by_mode else f"--off {row.name}"
+            raise AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or {hint}")
         if want is not None:
             decisions[row.name] = Decision(want, "asked for")
         elif why_not or row.default == "off":
@@ -291,6 +323,8 @@ def _asked(config: Config) -> dict[str, bool]:
         value = getattr(config, row.field) if row.field else None
         if value is not None and value != getattr(Config(), row.field or ""):
             said.add(bool(value))
+        if config.cudagraph_mode and row.name in GRAPH_ROWS:
+            said.add(row.name in GRAPH_MODES[config.cudagraph_mode])
         if len(said) > 1:
             raise AskError("is switched both on and off", field=row.name, hint="say it once")
         if said:

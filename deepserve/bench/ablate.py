@@ -62,12 +62,13 @@ def _without(row: str, on: Sequence[str]) -> list[str]:
 def fields_of(config: Config, rows: Sequence[str]) -> dict[str, Any]:
     """Fields of Config for these rows and no others. A step without chunked prefill is as long as it must be."""
     fields = config.changed()
+    fields.pop("cudagraph_mode", None)  # it is said row by row
     for row in TABLE:
         if row.name not in rows and row.field:
             fields.pop(row.field, None)
     if "chunked_prefill" not in rows:
         fields.pop("max_num_batched_tokens", None)
-    asked = tuple(name for name in rows if name in config.on or ROWS[name].default == "gpu")
+    asked = tuple(name for name in rows if name in config.on or ROWS[name].default != "on")
     return fields | {"on": asked, "off": tuple(name for name in ROWS if name not in rows)}
 
 
