@@ -35,6 +35,7 @@ from deepserve.models.weights import fill_dummy, load_weights
 from deepserve.ops.op import Kernel
 from deepserve.optimizations import TABLE
 from deepserve.plan import Plan
+from deepserve.recording.kernels import CompiledKernels
 from deepserve.recording.recorders import Recorders
 from deepserve.runner.capture import CudaRecorder, capturing
 from deepserve.runner.dense import DenseWhereShort
@@ -84,6 +85,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     plan.refuse_blockers()
     phase = _Phases(on_phase)
     device = torch.device(plan.device)
+    compiled = CompiledKernels() if plan.device == "cuda" else None
     if plan.device == "cpu":
         _set_threads(plan.num_threads)
     model = _load_model(plan, device, phase)
@@ -129,6 +131,8 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     executor = Executor(runner, plan.async_depth)
     engine = Engine(_scheduler(plan), executor, RequestLimits.of(plan), counters, grammars)
     recorders.start(engine, runner)
+    if compiled is not None:
+        compiled.start(counters)
     return engine
 
 

@@ -171,7 +171,8 @@ def _hardware() -> str:
 
 
 def _metrics() -> str:
-    text = "# Metrics\n\n`GET /metrics`, by vLLM's names; Prometheus adds `_total` to counters.\n\n"
+    text = "# Metrics\n\n`GET /metrics`, by vLLM's names (what it does not measure: `deepserve:`); Prometheus adds\n"
+    text += "`_total` to counters.\n\n"
     for title, group in (
         ("engine", metrics.ENGINE_METRICS),
         ("requests", metrics.REQUEST_METRICS),
