@@ -102,7 +102,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         log.info(line)
     with phase("graph"):
         packed: dict[Any, Any] = {}
-        (forward, logits, *mtp), counters = _bind(plan, model, packed, recorders)
+        (forward, logits, *mtp), counters, graph = _bind(plan, model, packed, recorders)
         dense = _bind_dense(plan, model, packed, recorders) if plan.optimizations["skip_indexer"] else None
         counters["fp8_index_keys"] = sum(spec.kind == "index_keys" and spec.dtype == "bytes" for spec in specs)
     argmax, softmax = (recorders.load(op, plan.kernels[op]).function for op in ("argmax", "softmax"))
@@ -124,7 +124,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
             runner.forward = _record_steps(plan, runner.forward, counters)
     elif padding:
         with phase("graphs"), capturing(str(plan.graphs), plan.memory.graph_bytes):
-            pieces = _bind_pieces(plan, model, packed, recorders) if plan.graphs.pieces else []
+            pieces = bind_pieces(graph, _kernels(plan, graph, recorders), packed) if plan.graphs.pieces else []
             runner.forward = _record_graphs(plan, runner.forward, pieces, counters)
     total = sum(phase.seconds.values())
     log.info("init engine (load model, create kv cache, bind graph, warmup model) took %.2f s", total)
@@ -216,9 +216,9 @@ def _proposer(
 
 def _bind(
     plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders
-) -> tuple[list[BoundGraph], Counter[str]]:
-    """Forward and logits of the model, and of its MTP layer if it has one, with the plan's kernels, and the counters
-    that prove what is in these graphs."""
+) -> tuple[list[BoundGraph], Counter[str], fx.GraphModule]:
+    """Forward and logits of the model, and of its MTP layer if it has one, with the plan's kernels, the counters that
+    prove what is in these graphs, and the first graph."""
     parts = [model] if model.mtp is None else [model, model.mtp]
     graphs = [trace(part, method) for part in parts for method in ("forward", "logits")]
     fired = [rewrite(graph, plan.fusions) for graph in graphs]
@@ -232,7 +232,7 @@ def _bind(
         elif row.kernels:
             counters[row.name] = sum(count for op, count in calls.items() if plan.kernels[op] in row.kernels)
     counters["fp8_linear"] = calls["linear_fp8_block"]
-    return [_bound(plan, graph, packed, recorders) for graph in graphs], counters
+    return [_bound(plan, graph, packed, recorders) for graph in graphs], counters, graphs[0]
 
 
 def _bind_dense(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders) -> BoundGraph:
@@ -241,13 +241,6 @@ def _bind_dense(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: R
     make_dense(graph)
     rewrite(graph, plan.fusions)
     return _bound(plan, graph, packed, recorders)
-
-
-def _bind_pieces(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders) -> list[BoundPiece]:
-    """The model's forward once more, in pieces."""
-    graph = trace(model)
-    rewrite(graph, plan.fusions)
-    return bind_pieces(graph, _kernels(plan, graph, recorders), packed)
 
 
 def _bound(plan: Plan, graph: fx.GraphModule, packed: dict[Any, Any], recorders: Recorders) -> BoundGraph:
