@@ -32,6 +32,7 @@ from deepserve.log import get_logger
 from deepserve.models.decoder import Decoder
 from deepserve.models.registry import build_model
 from deepserve.models.weights import fill_dummy, load_weights
+from deepserve.ops.launch import OVERLAP
 from deepserve.ops.op import Kernel
 from deepserve.optimizations import TABLE
 from deepserve.plan import Plan
@@ -90,7 +91,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         _set_threads(plan.num_threads)
     model = _load_model(plan, device, phase)
     with phase("kv cache"):
-        specs = cache_specs(plan.architecture, plan.kv_dtype, plan.num_drafts, plan.with_mtp)
+        specs = cache_specs(plan.architecture, plan.dtype, plan.num_drafts, plan.with_mtp)
         # A block and a ring that padding rows and steps that are being recorded write to.
         padding = int(bool(plan.graphs.whole or plan.graphs.pieces))
         num_blocks, num_rings = plan.num_blocks + padding, plan.memory.num_rings + padding
@@ -100,11 +101,13 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         recorders = Recorders(plan, [tensor for spec, tensor in zip(specs, tensors) if not spec.ring])
     for line in plan.log_lines:
         log.info(line)
+    OVERLAP.on, OVERLAP.count = plan.optimizations["overlapped_launches"], 0
     with phase("graph"):
         packed: dict[Any, Any] = {}
         (forward, logits, *mtp), counters, graph = _bind(plan, model, packed, recorders)
         dense = _bind_dense(plan, model, packed, recorders) if plan.optimizations["skip_indexer"] else None
-        counters["fp8_index_keys"] = sum(spec.kind == "index_keys" and spec.dtype == "bytes" for spec in specs)
+        in_fp8 = Counter(spec.kind for spec in specs if spec.dtype == "bytes")
+        counters.update(fp8_kv_cache=in_fp8["mla_latent"], fp8_index_keys=in_fp8["index_keys"])
     argmax, softmax = (recorders.load(op, plan.kernels[op]).function for op in ("argmax", "softmax"))
     vocab_size = plan.architecture.vocab_size
     grammars = Grammars(plan.tokenizer_path, vocab_size, plan.architecture.eos_token_ids)
@@ -126,6 +129,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
         with phase("graphs"), capturing(str(plan.graphs), plan.memory.graph_bytes):
             pieces = bind_pieces(graph, _kernels(plan, graph, recorders), packed) if plan.graphs.pieces else []
             runner.forward = _record_graphs(plan, runner.forward, pieces, counters)
+    counters["overlapped_launches"] = OVERLAP.count
     total = sum(phase.seconds.values())
     log.info("init engine (load model, create kv cache, bind graph, warmup model) took %.2f s", total)
     executor = Executor(runner, plan.async_depth)

@@ -11,6 +11,15 @@ from deepserve.errors import AskError, did_you_mean
 FIELD = "compilation_config"
 FIELDS = ("cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 NO_COMPILER = "there is no compiler"
+# vLLM's CUDA graph modes, and the optimizations that are on where one of them is asked for; others of these are off
+MODES: dict[str, tuple[str, ...]] = {
+    "NONE": (),
+    "PIECEWISE": ("piecewise_graphs",),
+    "FULL": ("cuda_graphs", "mixed_graphs"),
+    "FULL_DECODE_ONLY": ("cuda_graphs",),
+    "FULL_AND_PIECEWISE": ("cuda_graphs", "piecewise_graphs"),
+}
+GRAPH_ROWS = frozenset(name for names in MODES.values() for name in names)
 # keys of a compiler, and of how graphs are recorded
 NO_EFFECT = frozenset(
     "mode level backend custom_ops splitting_ops use_inductor compile_sizes compile_ranges_split_points "

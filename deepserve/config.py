@@ -8,7 +8,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from deepserve import speculation
+from deepserve import compilation, speculation
 from deepserve.errors import AskError
 
 
@@ -82,7 +82,9 @@ class Config:
     block_size: int | None = _knob(
         None, "memory", "tokens in a block of the KV cache", low=1, high=1024, flags=("--page-size",)
     )
-    kv_cache_dtype: str = _knob("auto", "memory", "auto: the dtype that is computed in")
+    kv_cache_dtype: str = _knob(
+        "auto", "memory", "auto: the dtype that is computed in; fp8 or fp8_e4m3: latents in FP8"
+    )
     gpu_memory_utilization: float = _knob(0.92, "memory", "share of a GPU's memory to use", low=0.05, high=1.0)
     kv_cache_memory_bytes: int | None = _knob(
         None, "memory", "bytes of KV cache a device, instead of what is free", low=1
@@ -107,7 +109,7 @@ class Config:
         "scheduling",
         "which steps are recorded and replayed: those of one token a request (FULL_DECODE_ONLY), mixed ones too "
         "(FULL), any in pieces between attentions (PIECEWISE); FULL_AND_PIECEWISE where it can be",
-        choices=("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
+        choices=tuple(compilation.MODES),
     )
     cudagraph_capture_sizes: tuple[int, ...] = _knob(
         (), "scheduling", "sizes that are recorded, in rows and in tokens; the plan's own otherwise", low=1
@@ -140,7 +142,9 @@ class Config:
     trace_file: str = _knob("", "recording", "write a timeline of every step to this file, for ui.perfetto.dev")
     trace_ops: bool = _knob(False, "recording", "with every call of an op in it; no step is replayed")
     capture_shapes: str = _knob(
-        "", "recording", "write to this directory what ops are called with, for bench ops --replay; no step is replayed"
+        "",
+        "recording",
+        "write to this directory what ops are called with, for --replay of bench ops and tune; no step is replayed",
     )
 
     host: str | None = _knob(None, "server", "address to listen on: 127.0.0.1, or all with --api-key")

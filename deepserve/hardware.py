@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deepserve.errors import AskError
 
@@ -40,6 +41,11 @@ class Hardware:
     def device(self) -> str:
         """What torch calls it: cpu or cuda."""
         return "cpu" if self.kind == "cpu" else "cuda"
+
+    @property
+    def fp8_format(self) -> str:
+        """The FP8 that it has instructions for, by the plan's name (a CPU has none, and takes the common one)."""
+        return "fp8_e4m3fnuz" if self.arch == "gfx942" else "fp8_e4m3fn"
 
     @property
     def available_bytes(self) -> int:
@@ -97,11 +103,22 @@ def this_machine() -> Hardware:
 def _from_torch(torch) -> Hardware:
     properties = torch.cuda.get_device_properties(0)
     is_hip = torch.version.hip is not None
-    arch = properties.gcnArchName.split(":")[0] if is_hip else f"sm_{properties.major}{properties.minor}"
+    arch = architecture(properties, is_hip)
     free, total = torch.cuda.mem_get_info(0)
-    known = next((row for key, row in TABLE.items() if row.arch == arch and key in properties.name.lower()), None)
-    base = known or Hardware(properties.name, "hip" if is_hip else "cuda", arch, total)
+    unknown = Hardware(properties.name, "hip" if is_hip else "cuda", arch, total)
+    base = TABLE.get(gpu_name(properties.name, arch), unknown)
     return dataclasses.replace(base, memory_bytes=total, free_bytes=free, count=torch.cuda.device_count())
+
+
+def architecture(properties: Any, is_hip: bool) -> str:
+    """The architecture of a GPU, as in gfx942 or sm_90, by what torch says of it."""
+    return properties.gcnArchName.split(":")[0] if is_hip else f"sm_{properties.major}{properties.minor}"
+
+
+def gpu_name(name: str, arch: str) -> str:
+    """What files about a GPU are called: its key in TABLE, else its driver's name in small letters and dashes."""
+    known = (key for key, row in TABLE.items() if row.arch == arch and key in name.lower())
+    return next(known, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
 
 
 def this_cpu(read: Callable[[str], str] | None = None) -> Hardware:

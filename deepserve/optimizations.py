@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deepserve.architecture import Gqa, Mla
+from deepserve.compilation import MODES
 from deepserve.config import Config
 from deepserve.errors import AskError, did_you_mean
 from deepserve.facts import Facts
+from deepserve.kv_cache.spec import no_fp8
 
 EXACTNESS = {
     "bitwise": "the same bits",
@@ -25,8 +28,9 @@ class Row:
     default: "on" wherever it is possible, "gpu" only there, or "off". needs(facts, dtype) is None or why not.
     `requires` names rows above it ("this or that": one of them), `excludes` rows above it beside which it cannot be on,
     and why; `covers` rows that it may leave nothing to do. `kernels` may only be chosen while the row is on; `fuses`
-    names the op that the graph rewriting may put in; `field` is the Config field that switches the row as well;
-    `replays`: it runs whole steps, in which no op is called by itself.
+    names the op that the graph rewriting may put in; `field` is the Config field that switches the row as well, where
+    its value is not the default: on if `means_on(value)`; `replays`: it runs whole steps, in which no op is called by
+    itself.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Row:
     kernels: tuple[str, ...] = ()
     fuses: str | None = None
     field: str | None = None
+    means_on: Callable[[Any], bool] = bool
 
 
 def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
@@ -50,6 +55,10 @@ def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
 
 def _latent_attention(facts: Facts, dtype: str) -> str | None:
     return None if isinstance(facts.architecture.attention, Mla) else "the model has no latent attention"
+
+
+def _fp8_entries(facts: Facts, dtype: str) -> str | None:
+    return no_fp8(facts.architecture.attention)
 
 
 def _an_indexer(facts: Facts, dtype: str) -> str | None:
@@ -86,6 +95,12 @@ def _recordable(facts: Facts, dtype: str) -> str | None:
     return _no_lengths_on_the_host(facts)
 
 
+def _launches_that_overlap(facts: Facts, dtype: str) -> str | None:
+    hardware = facts.hardware
+    overlaps = hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) >= 90
+    return None if overlaps else f"needs an NVIDIA GPU from Hopper on, and {hardware.name} is none"
+
+
 def _replayable(facts: Facts, dtype: str) -> str | None:
     if facts.hardware.device != "cpu":
         return "steps of a GPU are recorded by its own graphs"
@@ -99,6 +114,8 @@ def _no_lengths_on_the_host(facts: Facts) -> str | None:
     return "the attention's kernels look at lengths on the host"
 
 
+FP8_CACHES = ("fp8", "fp8_e4m3")  # spellings of kv_cache_dtype
+_HOST_LENGTHS = (("fp8_kv_cache", "its attention looks at lengths on the host"),)  # in each of its kernels
 _PACKED = "packed_linear or native_kernels"
 _COMPILED = "triton_kernels or native_kernels"
 
@@ -107,6 +124,13 @@ def _fusion(op: str, sentence: str, *requires: str) -> Row:
     return Row(
         f"fusion_{op}", sentence, "tolerance", "places in the graph where it was put in", requires=requires, fuses=op
     )
+
+
+def _graphs(name: str, sentence: str, counter: str) -> Row:
+    return Row(
+        name, sentence, "tolerance", counter, needs=_recordable, requires=("triton_kernels",), excludes=_HOST_LENGTHS,
+        replays=True, field="cudagraph_mode", means_on=lambda mode: name in MODES[mode],
+    )  # fmt: skip
 
 
 TABLE = (
@@ -142,39 +166,48 @@ TABLE = (
         field="async_scheduling",
     ),
     Row(
+        "fp8_kv_cache",
+        "Latents are cached in FP8 with a scale each, rope channels as they are: V3's take 656 bytes instead of 1,152.",
+        "accuracy",
+        "caches of latents in FP8",
+        default="off",
+        needs=_fp8_entries,
+        field="kv_cache_dtype",
+        means_on=FP8_CACHES.__contains__,
+    ),
+    Row(
         "triton_kernels",
-        "Portable Triton kernels, and the vendor's matrix products, in the place of the references.",
+        "Portable Triton kernels in the place of the references; the vendor's matrix products where those are faster.",
         "tolerance",
         "calls in the graph that such a kernel serves",
-        kernels=("triton", "blas"),
+        kernels=("triton",),
     ),
     Row(
+        "overlapped_launches",
+        "A kernel is launched, and loads its weights, while the one before it ends (programmatic dependent launch).",
+        "bitwise",
+        "kernels that were launched so, while the engine was built",
+        needs=_launches_that_overlap,
+        requires=("triton_kernels",),
+    ),
+    _graphs(
         "cuda_graphs",
         "Steps in which every request computes one token are recorded, once for each padded size, and replayed.",
-        "tolerance",
         "steps that were replayed",
-        replays=True,
-        needs=_recordable,
-        requires=("triton_kernels",),
     ),
-    Row(
+    _graphs(
         "piecewise_graphs",
         "What lies between two attentions is recorded, once for each padded number of tokens, and replayed.",
-        "tolerance",
         "steps that were replayed in pieces",
-        replays=True,
-        needs=_recordable,
-        requires=("triton_kernels",),
     ),
-    Row(
-        "mixed_graphs",
-        "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a prompt "
-        "then reads its whole context.",
-        "tolerance",
-        "mixed steps that were replayed",
+    replace(
+        _graphs(
+            "mixed_graphs",
+            "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a "
+            "prompt then reads its whole context.",
+            "mixed steps that were replayed",
+        ),
         default="off",
-        replays=True,
-        needs=_recordable,
         requires=("cuda_graphs",),
         covers=("piecewise_graphs",),
     ),
@@ -208,6 +241,7 @@ TABLE = (
         replays=True,
         needs=_replayable,
         requires=("native_kernels",),
+        excludes=_HOST_LENGTHS,
     ),
     Row(
         "fp8_linear",
@@ -235,7 +269,9 @@ TABLE = (
     _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
     replace(
         _fusion(
-            "linear_add_rms_norm", "A projection adds the residual to its sums; the norm follows at once.", _PACKED
+            "linear_add_rms_norm",
+            "A projection adds the residual to its sums; the norm follows at once.",
+            f"triton_kernels or {_PACKED}",
         ),
         covers=("fusion_add_rms_norm",),
     ),
@@ -243,6 +279,12 @@ TABLE = (
     replace(
         _fusion("rms_norm_rope_write_latent", "A token's latent is normalised, rotated and cached in one pass."),
         needs=_latent_attention,
+        excludes=(("fp8_kv_cache", "latents go into bytes, and that fusion is another"),),
+    ),
+    _fusion(
+        "rms_norm_rope_write_latent_fp8",
+        "A token's latent is normalised, rounded to FP8, rotated and cached in one pass.",
+        "fp8_kv_cache",
     ),
     replace(
         _fusion(
@@ -268,16 +310,6 @@ TABLE = (
 
 ROWS = {row.name: row for row in TABLE}
 
-# vLLM's names (config.cudagraph_mode), and the rows that are on where one of them is asked for; others of these are off
-GRAPH_MODES: dict[str, tuple[str, ...]] = {
-    "NONE": (),
-    "PIECEWISE": ("piecewise_graphs",),
-    "FULL": ("cuda_graphs", "mixed_graphs"),
-    "FULL_DECODE_ONLY": ("cuda_graphs",),
-    "FULL_AND_PIECEWISE": ("cuda_graphs", "piecewise_graphs"),
-}
-GRAPH_ROWS = frozenset(name for names in GRAPH_MODES.values() for name in names)
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -297,9 +329,7 @@ def decide(config: Config, facts: Facts, dtype: str) -> dict[str, Decision]:
             why_not = why_not or "every op is watched (trace_ops, capture_shapes), and what is replayed calls none"
         want = asked.get(row.name)
         if want and why_not:
-            asked_by_mode = row.name in GRAPH_ROWS and row.name not in config.on
-            hint = "--cudagraph-mode NONE" if asked_by_mode else f"--off {row.name}"
-            raise AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or {hint}")
+            raise _impossible(row, config, why_not)
         if want is not None:
             decisions[row.name] = Decision(want, "asked for")
         elif why_not or row.default == "off":
@@ -312,6 +342,14 @@ def decide(config: Config, facts: Facts, dtype: str) -> dict[str, Decision]:
     return decisions
 
 
+def _impossible(row: Row, config: Config, why_not: str) -> AskError:
+    if row.field and row.name not in config.on:
+        value = getattr(config, row.field)
+        shown = value if isinstance(value, str) else "on"
+        return AskError(f"cannot be {shown}: {why_not}", field=row.field, hint="leave it out")
+    return AskError(f"cannot be on: {why_not}", field=row.name, hint=f"leave it out, or --off {row.name}")
+
+
 def _asked(config: Config) -> dict[str, bool]:
     """What --on, --off and the Config fields of rows say. A field that still has its default says nothing."""
     for name in (*config.on, *config.off):
@@ -322,9 +360,7 @@ def _asked(config: Config) -> dict[str, bool]:
         said = {flag for flag, names in ((True, config.on), (False, config.off)) if row.name in names}
         value = getattr(config, row.field) if row.field else None
         if value is not None and value != getattr(Config(), row.field or ""):
-            said.add(bool(value))
-        if config.cudagraph_mode and row.name in GRAPH_ROWS:
-            said.add(row.name in GRAPH_MODES[config.cudagraph_mode])
+            said.add(row.means_on(value))
         if len(said) > 1:
             raise AskError("is switched both on and off", field=row.name, hint="say it once")
         if said:

@@ -42,7 +42,8 @@ class Rope:
 class Mla:
     """Multi-head latent attention (DeepSeek-V2, section 2.1). `q_rank` is None where q is projected directly.
 
-    With an `indexer` it is sparse (V3.2): each token sees the keys that the indexer chooses.
+    With an `indexer` it is sparse (V3.2): each token sees the keys that the indexer chooses. `fp8_latents` is the
+    format that its latents are cached in, None where that is the dtype that is computed in.
     """
 
     num_heads: int
@@ -54,6 +55,7 @@ class Mla:
     scale: float
     bias: bool
     indexer: Indexer | None = None
+    fp8_latents: str | None = None  # fp8_e4m3fn or fp8_e4m3fnuz
 
     @property
     def dense_length(self) -> int | None:

@@ -62,7 +62,6 @@ def _without(row: str, on: Sequence[str]) -> list[str]:
 def fields_of(config: Config, rows: Sequence[str]) -> dict[str, Any]:
     """Fields of Config for these rows and no others. A step without chunked prefill is as long as it must be."""
     fields = config.changed()
-    fields.pop("cudagraph_mode", None)  # it is said row by row
     for row in TABLE:
         if row.name not in rows and row.field:
             fields.pop(row.field, None)

@@ -26,7 +26,7 @@ from deepserve import __version__
 from deepserve.bench.replay import recorded_cases
 from deepserve.errors import AskError, did_you_mean
 from deepserve.hardware import Hardware, this_machine
-from deepserve.ops.check import check
+from deepserve.ops.check import FP8, check
 from deepserve.ops.inventory import inventory, refusals
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Case, Op
@@ -105,7 +105,8 @@ def bench_op(
     op = load_op(op_name)
     made_in = DTYPES[dtype] if DTYPES[dtype] in op.dtypes else op.dtypes[0]
     if cases is None:
-        cases = [case for case in op.cases if case.bench] or op.cases[-1:]
+        foreign = FP8[0] if hardware.arch == "gfx942" else FP8[1]  # a chip has instructions for one of them
+        cases = [case for case in op.cases if case.bench and case.fp8 is not foreign] or op.cases[-1:]
     for case in cases:
         reference_s = None
         for kernel, reason in refusals(op_name, hardware, dtype).items():
@@ -188,7 +189,7 @@ def _time(op: Op, kernel_name: str, case: Case, dtype: torch.dtype, device: str)
     arguments = case.make(torch.Generator().manual_seed(0), dtype, device)
     cost = op.cost(*arguments)
     given = kernel.packed(op.parameters, arguments)
-    return seconds_of(lambda: kernel.function(*given), device, recordable=kernel_name in ("triton", "blas")), cost
+    return seconds_of(lambda: kernel.function(*given), device, recordable=kernel_name == "triton"), cost
 
 
 def _append(file: Path, timing: Timing, hardware: Hardware, roofline: Roofline, argv: list[str]) -> None:

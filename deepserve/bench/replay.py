@@ -61,6 +61,7 @@ def _made(told: dict[str, Any], own: str, generator: torch.Generator, dtype: tor
         numbers = np.frombuffer(zlib.decompress(base64.b64decode(told["values"])), told["dtype"])
         return torch.from_numpy(numbers.reshape(shape).copy()).to(device)
     if "std" not in told:
-        return torch.randint(256, shape, generator=generator, dtype=kind).to(device)
+        low, high = told.get("low", 0), told.get("high", 256)
+        return torch.randint(low, high, shape, generator=generator, dtype=kind).to(device)
     numbers = torch.randn(shape, generator=generator) * told["std"] + told["mean"]
     return numbers.to(dtype if told["dtype"] == own else kind).to(device)

@@ -16,6 +16,7 @@ VERBS = {
     "ablate": "what each optimization is worth: added one at a time, and left out",
     "plan": "what would run, why, and what it costs; needs no GPU",
     "ops": "every op, its kernels, and what each needs",
+    "tune": "the best tiles of kernels on this GPU, written as tuned tables",
     "doctor": "this machine, its versions, and what would be in the way",
     "demo": "the whole way once: start a server, ask it, stop it",
     "docs": "write the generated reference pages",

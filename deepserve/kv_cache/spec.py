@@ -6,11 +6,41 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deepserve.architecture import Architecture, Mla
+from deepserve.architecture import Architecture, Gqa, Mla
 from deepserve.sparse_attention import CompressedMqa
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bytes": 1}
-FP8_SCALE_BYTES = 4  # of an index key in FP8
+FP8_SCALE_BYTES = 4  # of an index key or a latent in FP8
+FP8_ALIGNMENT = 16  # bytes that one thread of a kernel loads at once: entries of latents begin at multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFp8:
+    """A latent's entry in FP8: the bytes at which its parts begin. At 0 lie the latent's channels, a byte of e4m3 each;
+    at `rope` its rope channels in the dtype that is computed in; at `scale` one fp32; the rest of `size` is padding."""
+
+    rope: int
+    scale: int
+    size: int
+
+
+def latent_fp8(rank: int, rope_bytes: int) -> LatentFp8:
+    """The entry of `rank` channels (a multiple of 16) and rope channels of `rope_bytes`: 656 bytes for 512 and 128."""
+    scale = rank + rope_bytes
+    return LatentFp8(rank, scale, -(-(scale + FP8_SCALE_BYTES) // FP8_ALIGNMENT) * FP8_ALIGNMENT)
+
+
+def no_fp8(attention: Mla | Gqa | CompressedMqa) -> str | None:
+    """Why what this attention caches cannot be in FP8; None where it can (index keys have a row of their own)."""
+    if isinstance(attention, Gqa):
+        return "no attention kernel of K/V heads reads it"
+    if isinstance(attention, CompressedMqa):
+        return "no attention kernel over windows and compressed entries reads it"
+    if attention.indexer is not None:
+        return "no attention kernel over chosen tokens reads it"
+    if attention.kv_rank % FP8_ALIGNMENT:
+        return f"rope channels behind kv_lora_rank {attention.kv_rank} would not be aligned: a multiple of 16 would be"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +48,8 @@ class CacheSpec:
     """One cache of one layer; `row` is the shape of an entry, `dtype` its stored type.
 
     Paged (ring 0): an entry every `ratio` tokens, in the blocks of the request. Kinds: mla_latent (kv_rank + rope_dim
-    values), kv_heads (a K and a V row a head), index_keys (FP8 ones as bytes), compressed. Entry j stands for tokens
-    j * ratio on.
+    values; FP8 ones as bytes, see LatentFp8), kv_heads (a K and a V row a head), index_keys (FP8 ones as bytes),
+    compressed. Entry j stands for tokens j * ratio on.
     A ring: an entry a token, position p in row p % ring of the request's ring. Kinds: window (K = V rows),
     compressor_state and index_compressor_state ([2, values]: a and g of every token, fp32).
     """
@@ -49,7 +79,7 @@ class CacheSpec:
 def cache_specs(
     architecture: Architecture, dtype: str, num_speculative_tokens: int = 0, with_mtp: bool = False
 ) -> list[CacheSpec]:
-    """The caches of every layer in order (1,152 bytes a token and layer for V3 in bf16).
+    """The caches of every layer in order, for what is computed in `dtype` (V3 in bf16: 1,152 bytes a token and layer).
 
     Rings have a row more for each of `num_speculative_tokens`, so that rejected tokens overwrite nothing that is still
     visible. `with_mtp` adds the MTP layer, whose index is num_layers.
@@ -58,7 +88,7 @@ def cache_specs(
     for layer in range(architecture.num_layers + with_mtp):
         attention = architecture.attention
         if isinstance(attention, Mla):
-            specs.append(CacheSpec("mla_latent", layer, (attention.kv_rank + attention.rope_dim,), dtype))
+            specs.append(_latents(attention, layer, dtype))
             if attention.indexer is not None:
                 dim, fp8 = attention.indexer.head_dim, attention.indexer.fp8_keys
                 row = (dim + FP8_SCALE_BYTES,) if fp8 else (dim,)
@@ -68,6 +98,12 @@ def cache_specs(
         else:
             specs.append(CacheSpec("kv_heads", layer, (2, attention.num_kv_heads, attention.head_dim), dtype))
     return specs
+
+
+def _latents(mla: Mla, layer: int, dtype: str) -> CacheSpec:
+    if mla.fp8_latents is None:
+        return CacheSpec("mla_latent", layer, (mla.kv_rank + mla.rope_dim,), dtype)
+    return CacheSpec("mla_latent", layer, (latent_fp8(mla.kv_rank, mla.rope_dim * DTYPE_BYTES[dtype]).size,), "bytes")
 
 
 def _compressed_mqa(attention: CompressedMqa, layer: int, dtype: str, num_extra: int) -> Iterator[CacheSpec]:

@@ -8,23 +8,24 @@ import torch
 from torch import nn
 
 from deepserve.architecture import Mla
+from deepserve.dtypes import TORCH_DTYPES
 from deepserve.errors import AskError
 from deepserve.layers.caches import Caches
 from deepserve.layers.indexer import LightningIndexer
+from deepserve.layers.latents import Fp8Latents, Latents
 from deepserve.layers.linear import Maker
 from deepserve.layers.norm import RmsNorm
 from deepserve.layers.slot import Slot
-from deepserve.ops.mla_attention.spec import mla_attention
 from deepserve.ops.mla_sparse_attention.spec import mla_sparse_attention
 from deepserve.ops.rope.spec import rope
-from deepserve.ops.write_latent.spec import write_latent
 from deepserve.runner.batch import Batch
 
 LATENT_NORM_EPS = 1e-6  # of the two inner norms, whatever rms_norm_eps says (as the released code has it)
 
 
 class MlaAttention(nn.Module):
-    """x [T, H] -> [T, H]. Caches mla_latent [num_blocks, block_size, R + P], and an indexer's index_keys beside it."""
+    """x [T, H] -> [T, H]. Caches mla_latent [num_blocks, block_size, R + P] (in FP8 the bytes of
+    kv_cache/spec.py:LatentFp8), and an indexer's index_keys beside it."""
 
     def __init__(self, make: Maker, hidden_size: int, mla: Mla, interleaved: bool):
         super().__init__()
@@ -48,6 +49,7 @@ class MlaAttention(nn.Module):
         self.indexer = None
         if mla.indexer is not None and mla.q_rank is not None:
             self.indexer = LightningIndexer(make, hidden_size, mla.q_rank, mla.rope_dim, mla.indexer)
+        self.latents = Fp8Latents(TORCH_DTYPES[mla.fp8_latents]) if mla.fp8_latents else Latents()
         self.caches = Caches("mla_latent", *(("index_keys",) if self.indexer else ()))
 
     def forward(self, x: torch.Tensor, batch: Batch, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -61,11 +63,11 @@ class MlaAttention(nn.Module):
         q_rope = rope(q[..., mla.nope_dim :], batch.positions, cos_sin, self.interleaved)
         end = self.q_width + mla.kv_rank
         k_rope = rope(a[:, end:].unsqueeze(1), batch.positions, cos_sin, self.interleaved)
-        latent = torch.cat((self.kv_norm(a[:, self.q_width : end]), k_rope.squeeze(1)), -1)
-        cache = write_latent(latent, self.caches.mla_latent, batch.slot_mapping)
+        latent = self.kv_norm(a[:, self.q_width : end])
+        cache = self.latents.write(latent, k_rope.squeeze(1), self.caches.mla_latent, batch.slot_mapping)
         q_nope, w_uk, w_uv = q[..., : mla.nope_dim], self.kv_b[:, : mla.nope_dim], self.kv_b[:, mla.nope_dim :]
         if self.indexer is None:
-            y = mla_attention(q_nope, q_rope, cache, w_uk, w_uv, batch, mla.scale)
+            y = self.latents.attend((q_nope, q_rope), cache, w_uk, w_uv, batch, mla.scale)
         else:
             chosen = self.indexer(x, q_latent, batch, cos_sin, self.caches.index_keys)
             y = mla_sparse_attention(q_nope, q_rope, cache, w_uk, w_uv, chosen, batch, mla.scale)

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepserve.ops.inventory import KernelInfo, inventory
 from deepserve.ops.load import load_kernel, load_op
-from deepserve.ops.op import Case, Op
+from deepserve.ops.op import Case, Op, Told
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 ALLOCATORS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
@@ -36,19 +36,51 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class Comparison:
+    """A kernel and the reference on the same fresh random inputs; `difference` may be asked again and again."""
+
+    def __init__(self, op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device: str, seed: int):
+        self._op, self._kernel = load_op(op_name), load_kernel(op_name, kernel_name)
+        exact = _info(op_name, kernel_name).exactness == "bitwise"
+        self._dtype, self._tolerance = dtype, {} if exact else self._op.tolerance
+        self._make = lambda: case.make(torch.Generator().manual_seed(seed), dtype, device)
+        self._expected_arguments = self._make()
+        self._prepare()
+        self._expected = self._op.reference(*self._expected_arguments)
+
+    def _prepare(self) -> None:
+        self._arguments = self._make()
+        self._given = self._kernel.packed(self._op.parameters, self._arguments)
+        self._is_spoiled = False  # whether an earlier call left something that would be taken for the next one's work
+
+    def call(self) -> Any:
+        """Runs the kernel."""
+        self._is_spoiled = self._is_spoiled or bool(self._op.writes)
+        return self._kernel.function(*self._given)
+
+    def difference(self) -> str | None:
+        """None where the kernel agrees with the reference (results, and arguments afterwards), else what differs."""
+        if self._is_spoiled:
+            self._prepare()
+        with Poisoned():
+            actual = self.call()
+        tolerance = self._tolerance.get(self._dtype, (0.0, 0.0))
+        changes = _changes(self._op, tolerance, self._expected_arguments, self._arguments)
+        self._is_spoiled = self._is_spoiled or changes is not None
+        return self._wrong_result(actual) or changes
+
+    def _wrong_result(self, actual: Any) -> str | None:
+        op, numbers = self._op, self._op.numbers
+        if numbers is None:
+            return _differences(self._tolerance, self._dtype, self._expected, actual)
+        if actual is not self._arguments[op.parameters.index(op.writes[0])]:
+            return "returns something else than what it wrote to"
+        return _other_numbers(self._tolerance, numbers(*self._expected_arguments), numbers(*self._arguments))
+
+
 def check(op_name: str, kernel_name: str, case: Case, dtype: torch.dtype, device: str, seed: int) -> str | None:
-    """None where the kernel agrees with the reference (results, and every argument afterwards), else what differs."""
-    op, kernel = load_op(op_name), load_kernel(op_name, kernel_name)
-    expected_arguments, arguments = (case.make(torch.Generator().manual_seed(seed), dtype, device) for _ in range(2))
-    given = kernel.packed(op.parameters, arguments)
-    expected = op.reference(*expected_arguments)
-    with Poisoned():
-        actual = kernel.function(*given)
-    exact = _info(op_name, kernel_name).exactness == "bitwise"
-    tolerance = {} if exact else op.tolerance
-    return _differences(tolerance, dtype, expected, actual) or _changes(
-        op, tolerance.get(dtype, (0.0, 0.0)), expected_arguments, arguments
-    )
+    """What Comparison.difference says, on inputs of their own."""
+    return Comparison(op_name, kernel_name, case, dtype, device, seed).difference()
 
 
 def _info(op_name: str, kernel_name: str) -> KernelInfo:
@@ -68,10 +100,17 @@ def _differences(
     return None
 
 
+def _other_numbers(tolerance: dict[torch.dtype, tuple[float, float]], expected: Told, actual: Told) -> str | None:
+    for idx, ((want, dtype), (got, _)) in enumerate(zip(expected, actual)):
+        if sentence := difference(got, want, *tolerance.get(dtype, (0.0, 0.0))):
+            return f"part {idx} of what was written: {sentence}"
+    return None
+
+
 def _changes(op: Op, tolerance: tuple[float, float], expected: tuple[Any, ...], actual: tuple[Any, ...]) -> str | None:
     """Arguments that are written must hold what the reference wrote; the others, what they held."""
     for name, want, got in zip(op.parameters, expected, actual):
-        if isinstance(want, torch.Tensor):
+        if isinstance(want, torch.Tensor) and not (op.numbers and name in op.writes):
             sentence = difference(got, want, *(tolerance if name in op.writes else (0.0, 0.0)))
             if sentence:
                 return f"argument {name} afterwards: {sentence}"

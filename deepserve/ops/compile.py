@@ -163,6 +163,8 @@ def _compile(op_name: str, case_name: str, launch: Launch, target: str) -> Compi
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Triton's own rules: the signature by name, the constants, and which arguments are divisible by 16."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -174,6 +176,9 @@ def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
             aligned[(idx,)] = [["tt.divisibility", 16]]  # allocations are
+        elif isinstance(value, TensorDescriptor):
+            tile = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{tile}]>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from deepserve.hardware import architecture, gpu_name
+
 ELEMENTS_A_THREAD = 16  # of 16 bits: two loads of 16 bytes, enough in flight to hide memory's latency
 SMALLEST_TILE = 1024  # elements below which a program costs more to start than to run
 LANES = 32  # of a warp; an AMD wavefront has 64, and then a thread takes half as much
@@ -34,17 +36,22 @@ def row_tile(size: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What tile shapes depend on. `shared_bytes`: the most shared memory (LDS) of one program."""
+    """What tile shapes depend on. `shared_bytes`: the most shared memory (LDS) of one program. `gpu`: what its tuned
+    tables are called, as in h100; empty where the chip is none that is here. `overlaps`: a kernel can be launched
+    before the one before it has ended.
+    """
 
     is_amd: bool
     num_multiprocessors: int
     shared_bytes: int
+    gpu: str = ""
+    overlaps: bool = False
 
 
 CHIPS = {
     "gfx942": Chip(True, 304, 64 << 10),
     "gfx950": Chip(True, 256, 160 << 10),
-    "sm_90": Chip(False, 132, 227 << 10),
+    "sm_90": Chip(False, 132, 227 << 10, overlaps=True),
 }
 _assumed = ["sm_90"]  # where a launcher runs without a GPU: in the interpreter, or to be compiled for another machine
 
@@ -68,20 +75,26 @@ def chip(device: torch.device) -> Chip:
 def _chip(index: int) -> Chip:
     found: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack half of it
     is_amd = torch.version.hip is not None
-    shared = CHIPS[found.gcnArchName.split(":")[0]].shared_bytes if is_amd else found.shared_memory_per_block_optin
-    return Chip(is_amd, found.multi_processor_count, shared)
+    arch = architecture(found, is_amd)
+    shared = CHIPS[arch].shared_bytes if is_amd else found.shared_memory_per_block_optin
+    overlaps = not is_amd and found.major >= 9
+    return Chip(is_amd, found.multi_processor_count, shared, gpu_name(found.name, arch), overlaps)
 
 
-def spread(num_programs: int, num_multiprocessors: int, most: int) -> int:
-    """Into how many parts to split each program so that all multiprocessors are busy: the least that keeps nine in ten
-    of them so in every wave, or the best there is up to `most`.
-    """
-    best, best_share = 1, 0.0
-    for parts in range(1, most + 1):
-        waves = -(-num_programs * parts // num_multiprocessors)
-        share = num_programs * parts / (waves * num_multiprocessors)
-        if share >= 0.9:
-            return parts
-        if share > best_share:
-            best, best_share = parts, share
-    return best
+@dataclass(slots=True)
+class Overlap:
+    """Whether launches overlap where the chip can, which an engine says as it is built, and how many did."""
+
+    on: bool = True
+    count: int = 0
+
+
+OVERLAP = Overlap()
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """The launch options, and the constant OVERLAP, of a kernel on this device (meta: of the chip assumed)."""
+    if device.type == "cpu" or not OVERLAP.on or not chip(device).overlaps:
+        return {"OVERLAP": False}
+    OVERLAP.count += 1
+    return {"OVERLAP": True, "launch_pdl": True}

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Told = Sequence[tuple[torch.Tensor, torch.dtype]]  # numbers, each with the dtype whose tolerance holds for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One generated test and bench input: `make(generator, dtype, device)` returns fresh random arguments."""
+    """One generated test and bench input: `make(generator, dtype, device)` returns fresh random arguments.
+
+    `fp8` is the FP8 format that an argument names, if one does.
+    """
 
     name: str
     make: Callable[[torch.Generator, torch.dtype, str], tuple[Any, ...]]
     bench: bool = False  # large enough to time
+    fp8: torch.dtype | None = None
 
 
 def normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -64,7 +69,8 @@ def case(*arguments: Any, bench: bool = False) -> Case:
 
     shapes = (getattr(argument, "shape", argument) for argument in arguments)
     names = ("x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape) for shape in shapes)
-    return Case("-".join(names).replace("torch.", ""), make, bench)
+    fp8 = next((one for one in arguments if isinstance(one, torch.dtype) and one.itemsize == 1), None)
+    return Case("-".join(names).replace("torch.", ""), make, bench, fp8)
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -78,6 +84,7 @@ class Op:
     `fused` ops are written with other ops: their traced reference is the pattern that graph/rewrite.py replaces.
     `tolerance` maps the dtype that a case is made in (an FP8 output: that dtype) to (rtol, atol) against the reference,
     absent: bitwise; `writes` names arguments written in place; `dtypes` are those that the cases make sense in.
+    Where what is written are bytes, `numbers(*args)` returns what they stand for, which is compared in their place.
     Ops are called with positional arguments only, so that a pattern matches whatever the spelling.
     """
 
@@ -93,6 +100,7 @@ class Op:
         self.tolerance: dict[torch.dtype, tuple[float, float]] = contract.pop("tolerance", {})
         self.cost: Callable[..., Cost] | None = contract.pop("cost", None)
         self.writes: tuple[str, ...] = contract.pop("writes", ())
+        self.numbers: Callable[..., Told] | None = contract.pop("numbers", None)
         self.dtypes: tuple[torch.dtype, ...] = contract.pop("dtypes", FLOATS)
         if contract:
             raise TypeError(f"op {self.name}: unknown {sorted(contract)}")

@@ -8,7 +8,6 @@ import torch
 
 from deepserve.runner.batch import Batch
 
-LONG_TOKENS = 1 << 17  # of context of several long rows whose keys are gathered at a time
 GATHER_BYTES = 8 << 20  # what a CPU kernel gathers at a time: it is read again from the last-level cache
 SHORT_TOKENS = 9  # new tokens of a row that is cheaper as so many rows of one: a token and its drafts
 SCORES_BYTES = 2 << 20  # of a chunk of queries of a long row
@@ -48,51 +47,63 @@ def token_requests(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LongRows:
-    """Some neighbouring long rows of a batch, their contexts one after the other.
+    """Some neighbouring long rows of a batch with their contexts one after the other, or a slice of one row's context.
 
-    slots int64 [C]: the cache slots of all those tokens. query_start, context_start int32 [rows + 1]: where the rows'
-    tokens begin in the batch, and their contexts among the C.
+    slots int64 [C]: the cache slots of those C tokens. query_start int32 [rows + 1]: where the rows' tokens begin in
+    the batch; context_start int32 [rows + 1]: where their contexts do among the C; seq_lens int32 [rows]: how long the
+    contexts are, of which `offset` tokens come before the slice. tokens: the rows' in the batch.
     """
 
     slots: torch.Tensor
     query_start: torch.Tensor
     context_start: torch.Tensor
+    seq_lens: torch.Tensor
+    offset: int
+    tokens: slice
     max_query_len: int
 
 
-def long_rows(batch: Batch) -> list[LongRows]:
-    """The batch's long rows, as many at a time as LONG_TOKENS of context hold; worked out once a step, with no
-    synchronisation (layers share it through batch.derived).
+def long_rows(batch: Batch, most: int) -> list[list[LongRows]]:
+    """The batch's long rows, as many at a time as have `most` tokens of context; a row with more in slices, which are
+    a list. Worked out once a step, with no synchronisation (layers share it through batch.derived).
     """
-    if "long_rows" not in batch.derived:
+    key = ("long_rows", most)
+    if key not in batch.derived:
         groups: list[list[int]] = []
         for request in range(batch.num_single, len(batch.query_lens)):
             length = batch.context_lens[request]
-            if groups and sum(batch.context_lens[one] for one in groups[-1]) + length <= LONG_TOKENS:
+            if groups and sum(batch.context_lens[one] for one in groups[-1]) + length <= most:
                 groups[-1].append(request)
             else:
                 groups.append([request])
-        batch.derived["long_rows"] = [_long_rows(batch, group[0], group[-1] + 1) for group in groups]
-    found: list[LongRows] = batch.derived["long_rows"]
+        batch.derived[key] = [_slices(batch, group[0], group[-1] + 1, most) for group in groups]
+    found: list[list[LongRows]] = batch.derived[key]
     return found
 
 
-def _long_rows(batch: Batch, first: int, last: int) -> LongRows:
+def _slices(batch: Batch, first: int, last: int, most: int) -> list[LongRows]:
+    """Rows first .. last - 1: whole, or the only one in slices of `most`."""
     lengths, device, size = batch.context_lens[first:last], batch.block_table.device, batch.block_size
-    total = sum(lengths)
-    ends = batch.seq_lens[first:last].cumsum(0, dtype=torch.int32)
-    starts = ends - batch.seq_lens[first:last]
-    row = torch.repeat_interleave(
-        torch.arange(last - first, device=device), batch.seq_lens[first:last], output_size=total
-    )
-    positions = torch.arange(total, device=device) - starts[row]
-    slots = batch.block_table[first:last].long()[row, positions // size] * size + positions % size
-    return LongRows(
-        slots,
-        batch.query_start[first : last + 1].clone(),
-        torch.cat((starts[:1], ends)),
-        max(batch.query_lens[first:last]),
-    )
+    table, seq_lens = batch.block_table[first:last].long(), batch.seq_lens[first:last]
+    query_start = batch.query_start[first : last + 1].clone()
+    begin = sum(batch.query_lens[:first])
+    tokens = slice(begin, begin + sum(batch.query_lens[first:last]))
+    longest, total = max(batch.query_lens[first:last]), sum(lengths)
+    if total <= most:
+        ends = seq_lens.cumsum(0, dtype=torch.int32)
+        starts = ends - seq_lens
+        row = torch.repeat_interleave(torch.arange(last - first, device=device), seq_lens, output_size=total)
+        positions = torch.arange(total, device=device) - starts[row]
+        slots = table[row, positions // size] * size + positions % size
+        context_start = torch.cat((starts[:1], ends))
+        return [LongRows(slots, query_start, context_start, seq_lens.clone(), 0, tokens, longest)]
+    slices = []
+    for offset in range(0, total, most):
+        positions = torch.arange(offset, min(offset + most, total), device=device)
+        slots = table[0, positions // size] * size + positions % size
+        context_start = torch.arange(2, dtype=torch.int32, device=device) * len(positions)
+        slices.append(LongRows(slots, query_start, context_start, seq_lens.clone(), offset, tokens, longest))
+    return slices
 
 
 def taken_apart(batch: Batch) -> Batch:

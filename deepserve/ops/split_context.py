@@ -6,17 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import chip, next_power_of_two, spread
+from deepserve.ops.launch import chip, next_power_of_two
+from deepserve.ops.overlap import overlap, wait
 
 HEADS = 16  # of one decode program: the narrowest tile that matrix instructions take
 MAX_SPLITS = 64
+SPLITS_AT_ONCE = 8  # that a program combines in one go
 LOG2_E = 1.4426950408889634
 
 
-def num_splits(num_programs: int, max_seq_len: int, keys: int, device: torch.device) -> int:
-    """Into how many parts each program's context is split, at most one for each tile of `keys`."""
-    most = min(MAX_SPLITS, triton.cdiv(max_seq_len, keys))
-    return spread(num_programs, chip(device).num_multiprocessors, most)
+def num_splits(num_programs: int, device: torch.device) -> int:
+    """Into how many parts each program's context is split: as many as there are multiprocessors for, whatever the
+    lengths, so that a step of few requests is the same launch at any context; programs of empty parts end at once.
+    """
+    return min(max(chip(device).num_multiprocessors // num_programs, 1), MAX_SPLITS)
 
 
 @triton.jit
@@ -43,22 +46,33 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,  # at a time
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = (request * tl.num_programs(1) + head) * splits
-    split = tl.arange(0, SPLITS_BLOCK)
-    first, last = part_of(tl.load(seq_lens + request), split, splits, KEYS, WINDOW)
-    used = (split < splits) & (first < last)
-    logs = tl.load(log_sums + row + split, used, float("-inf"))
-    share = tl.exp2(logs - tl.max(logs, 0))
-    share = share / tl.sum(share, 0)
+    seq_len = tl.load(seq_lens + request)
     channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    mask = used[:, None] & (channel[None, :] < SIZE)
-    parts = tl.load(mixed + (row + split[:, None]) * SIZE + channel[None, :], mask, 0.0)
-    value = tl.sum(parts * share[:, None], 0)
-    tl.store(out + request * out_row + head * out_head + channel, value.to(out.dtype.element_ty), channel < SIZE)
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    value = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        first, last = part_of(seq_len, split, splits, KEYS, WINDOW)
+        used = (split < splits) & (first < last)
+        logs = tl.load(log_sums + row + split, used, float("-inf"))
+        top = tl.maximum(largest, tl.max(logs, 0))
+        share = tl.exp2(logs - top)
+        shrink = tl.exp2(largest - top)
+        mask = used[:, None] & (channel[None, :] < SIZE)
+        parts = tl.load(mixed + (row + split[:, None]) * SIZE + channel[None, :], mask, 0.0)
+        total = total * shrink + tl.sum(share, 0)
+        value = value * shrink + tl.sum(parts * share[:, None], 0)
+        largest = top
+    value = (value / total).to(out.dtype.element_ty)
+    tl.store(out + request * out_row + head * out_head + channel, value, channel < SIZE)
 
 
 def combine(
@@ -74,6 +88,6 @@ def combine(
     few = requests * heads < chip(mixed.device).num_multiprocessors
     block = min(next_power_of_two(size), 128 if few else 512)
     _combine_kernel[(requests, heads, triton.cdiv(size, block))](
-        mixed, log_sums, seq_lens, out, out.stride(0), out.stride(1), splits, size, block, keys, window,
-        next_power_of_two(splits), num_warps=4,
+        mixed, log_sums, seq_lens, out, out.stride(0), out.stride(1), splits, size, block, keys, window, SPLITS_AT_ONCE,
+        num_warps=4, **overlap(mixed.device),
     )  # fmt: skip

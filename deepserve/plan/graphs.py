@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepserve.compilation import GRAPH_ROWS, MODES
 from deepserve.config import Config
 from deepserve.errors import AskError
-from deepserve.optimizations import GRAPH_MODES, Decision
+from deepserve.optimizations import Decision
 
 RECORDED_STEPS = 16  # requests of a step on a CPU: of larger ones Python's share is small, and each keeps its buffers
 MIXED_TOKENS = 512  # of a mixed step that is taken apart; in a longer one attention would take more than it saves
@@ -50,9 +51,9 @@ def choose_graphs(config: Config, rows: dict[str, Decision], max_num_seqs: int, 
 
 def graph_mode(rows: dict[str, Decision]) -> str:
     """vLLM's name for the rows that are on; FULL where pieces serve what is too long to be taken apart, too."""
-    on = {name for names in GRAPH_MODES.values() for name in names if rows[name].on}
+    on = {name for name in GRAPH_ROWS if rows[name].on}
     on -= {"piecewise_graphs"} if "mixed_graphs" in on else set()
-    return next(mode for mode, names in GRAPH_MODES.items() if set(names) == on)
+    return next(mode for mode, names in MODES.items() if set(names) == on)
 
 
 def _needed(given: Sequence[int], limit: int) -> tuple[int, ...]:

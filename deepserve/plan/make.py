@@ -9,7 +9,8 @@ from deepserve.architecture import Architecture, Gqa, Mla
 from deepserve.config import Config
 from deepserve.errors import AskError
 from deepserve.facts import Facts
-from deepserve.optimizations import Decision, decide
+from deepserve.kv_cache.spec import no_fp8
+from deepserve.optimizations import FP8_CACHES, Decision, decide
 from deepserve.plan.kernels import choose_kernels
 from deepserve.plan.memory import Load, Wish, fits, fits_well, longest, memory_map
 from deepserve.plan.parameters import count_parameters
@@ -30,9 +31,9 @@ def make_plan(config: Config, facts: Facts) -> Plan:
     architecture, eos_choice = _end_of_text(config, facts)
     _check_parallel(config, facts)
     dtype = _dtype(config, facts)
-    kv_dtype = _kv_dtype(config, dtype.value)
     rows = decide(config, facts, dtype.value)
-    architecture = _as_cached(architecture, rows["fp8_index_keys"].on)
+    kv_dtype = _kv_dtype(config, facts, dtype.value, rows["fp8_kv_cache"])
+    architecture = _as_cached(architecture, kv_dtype.value, rows["fp8_index_keys"].on)
     facts = dataclasses.replace(facts, architecture=architecture)
     kernels, kernel_choices = choose_kernels(config, facts, dtype.value, rows)
     speculation, drafts = choose_speculation(config, facts, rows)
@@ -102,12 +103,13 @@ def _end_of_text(config: Config, facts: Facts) -> tuple[Architecture, Choice]:
     )
 
 
-def _as_cached(architecture: Architecture, fp8_index_keys: bool) -> Architecture:
+def _as_cached(architecture: Architecture, kv_dtype: str, fp8_index_keys: bool) -> Architecture:
     attention = architecture.attention
-    if not (fp8_index_keys and isinstance(attention, Mla) and attention.indexer):
-        return architecture
-    indexer = dataclasses.replace(attention.indexer, fp8_keys=True)
-    return dataclasses.replace(architecture, attention=dataclasses.replace(attention, indexer=indexer))
+    if isinstance(attention, Mla) and kv_dtype.startswith("fp8"):
+        attention = dataclasses.replace(attention, fp8_latents=kv_dtype)
+    if isinstance(attention, Mla) and attention.indexer and fp8_index_keys:
+        attention = dataclasses.replace(attention, indexer=dataclasses.replace(attention.indexer, fp8_keys=True))
+    return dataclasses.replace(architecture, attention=attention)
 
 
 def _device(facts: Facts) -> Choice:
@@ -130,15 +132,19 @@ def _dtype(config: Config, facts: Facts) -> Choice:
     return Choice("dtype", "fp32", "exact for the checkpoint", {own: f"this CPU has no {own} instructions"})
 
 
-def _kv_dtype(config: Config, dtype: str) -> Choice:
+def _kv_dtype(config: Config, facts: Facts, dtype: str, row: Decision) -> Choice:
+    """What is cached, in a machine's own FP8 where that is asked for."""
     asked = DTYPE_NAMES.get(config.kv_cache_dtype, config.kv_cache_dtype)
-    if asked not in ("auto", dtype):
+    if asked not in ("auto", dtype, *FP8_CACHES):
         raise AskError(
-            f"{config.kv_cache_dtype!r} is not served: no attention kernel reads another dtype than it computes in",
+            f"{config.kv_cache_dtype!r} is not served: no attention kernel reads it",
             field="kv_cache_dtype",
-            hint=f"auto or {dtype}",
+            hint=f"auto or {dtype}" if no_fp8(facts.architecture.attention) else f"auto, {dtype} or fp8, which is e4m3",
         )
-    return Choice("kv_cache_dtype", dtype, "what is computed in", {"fp8": "no attention kernel reads it"})
+    if row.on:
+        rest = f"latents; their rope channels in {dtype}, with an fp32 scale a token"
+        return Choice("kv_cache_dtype", facts.hardware.fp8_format, f"fp8_kv_cache is on: {rest}")
+    return Choice("kv_cache_dtype", dtype, "what is computed in", {"fp8": row.reason})
 
 
 def _weights(config: Config, facts: Facts, dtype: str, rows: dict[str, Decision]) -> Choice:

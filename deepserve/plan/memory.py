@@ -58,7 +58,7 @@ class Load:
 
     architecture: Architecture
     hardware: Hardware
-    dtype: str  # of weights, activations and cache
+    dtype: str  # of weights and activations, and of the cache where the architecture does not say FP8
     tensor_parallel_size: int
     keep_fp8: bool
     max_num_seqs: int

@@ -38,7 +38,7 @@ def choose_sizes(
     """What the memory has to hold and what is wished of the cache. AskError where sizes contradict."""
     default_seqs, default_tokens, default_block = _defaults(facts.hardware)
     chunked = rows["chunked_prefill"].on
-    keeps_scores = kernels[ATTENTION_OPS[type(facts.architecture.attention)]] == "reference"
+    keeps_scores = kernels[_attention_op(facts.architecture.attention)] == "reference"
     if keeps_scores:
         default_tokens = min(default_tokens, TOKENS_WITH_SCORES)
     seqs = config.max_num_seqs or min(default_seqs, config.max_num_batched_tokens or default_seqs)
@@ -104,6 +104,12 @@ def graph_choice(config: Config, load: Load, rows: dict[str, Decision]) -> Choic
         return Choice("cudagraph_mode", mode, "asked for" if config.cudagraph_mode else rows["cuda_graphs"].reason)
     reason = "asked for" if config.cudagraph_mode else "the rows that are on"
     return Choice("cudagraph_mode", mode, f"{reason}: {load.graphs}")
+
+
+def _attention_op(attention: Mla | Gqa | CompressedMqa) -> str:
+    if isinstance(attention, Mla) and attention.fp8_latents:
+        return "mla_attention_fp8"
+    return ATTENTION_OPS[type(attention)]
 
 
 def _defaults(hardware: Hardware) -> tuple[int, int, int]:

@@ -74,11 +74,11 @@ def _cached(plan: Plan) -> str:
     attention, layers = plan.architecture.attention, plan.architecture.num_layers + plan.with_mtp
     if isinstance(attention, Mla):
         row = f"a latent of {attention.kv_rank} + {attention.rope_dim} values"
+        if attention.fp8_latents:
+            row = f"a latent of {attention.kv_rank} values in {plan.kv_dtype} and {attention.rope_dim}"
         if indexer := attention.indexer:
             row += f" and an index key of {indexer.head_dim}{' (it in FP8)' if indexer.fp8_keys else ''}"
-        return f"{row} in {plan.kv_dtype} x {layers} layers" + (
-            ", on every rank" if plan.tensor_parallel_size > 1 else ""
-        )
+        return f"{row} in {plan.dtype} x {layers} layers" + (", on every rank" if plan.tensor_parallel_size > 1 else "")
     if isinstance(attention, CompressedMqa):
         counts = Counter(layer for layer in attention.layers if layer is not None)
         keys = attention.indexer.head_dim if attention.indexer else 0

@@ -1,6 +1,6 @@
 """What ops are called with in a run: one call of each size, how many there were like it, and who the experts were.
 
-A file of JSON lines: a head, one line a call, then the tokens of every expert by layer. `bench ops --replay` reads it.
+A file of JSON lines: a head, a line a call, then the tokens of every expert by layer. `bench ops` and `tune` replay it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_CALLS = 32  # kept of an op
 MAX_BYTES = 32 << 20  # of all of them; calls that came too late are counted only
 BATCH_FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "derived"]
+FINITE = {"low": 0x30, "high": 0x40}  # bytes that are numbers from 0 to 2 as e4m3, fp16, bf16 and fp32 alike
 MEASURED = 1 << 16  # leading elements of a tensor whose mean and deviation are taken
 
 
@@ -123,9 +124,7 @@ class ShapeRecorder:
         chosen = ids.flatten().long()
         self._experts[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
 
-    def _first(self, kernel: Kernel, parameters: Sequence[str], given: list[Any]) -> _Call | None:
-        if any(self._is_paged(value) and value.dtype == torch.uint8 for value in given):
-            return None  # keys with their scales in bytes: random ones would be no numbers
+    def _first(self, kernel: Kernel, parameters: Sequence[str], given: list[Any]) -> _Call:
         blocks = self._blocks(parameters, given)
         told = [self._told(name, value, blocks) for name, value in zip(parameters, given)]
         line = {"op": kernel.op, "kernel": kernel.name, "args": told}
@@ -146,7 +145,8 @@ class ShapeRecorder:
             return {"value": value}
         told: dict[str, Any] = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if self._is_paged(value):
-            return told | {"tensor": [max(len(blocks), 1), *value.shape[1:]], "mean": 0.0, "std": 1.0}
+            told["tensor"] = [max(len(blocks), 1), *value.shape[1:]]
+            return told | (FINITE if value.dtype == torch.uint8 else {"mean": 0.0, "std": 1.0})
         if value.dtype in (torch.int64, torch.int32):
             numbers = value.cpu().numpy()
             if name == "block_table":

@@ -46,7 +46,6 @@ class PiecewiseGraphs:
         self.counters = counters
         counters[self.row] = 0
         self._recorder = recorder
-        self._max_model_len = limits.max_model_len
         self._line: dict[int, list[Callable[[Batch, int], object]]] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._attended: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
@@ -82,7 +81,6 @@ class PiecewiseGraphs:
         """Runs all pieces in order on rows of padding. A result is held until its last reader is recorded: then later
         recordings may take its memory, as they will when they are replayed."""
         batch = self._rows.batch(self._table[:size], self._ones[:size], 1)
-        batch.max_seq_len = self._max_model_len  # attention's kernels are compiled for a long context
         held: dict[str, torch.Tensor] = {}
         values: dict[str, torch.Tensor] = {}
         line = self._line[size] = []

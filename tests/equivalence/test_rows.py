@@ -16,7 +16,8 @@ from tests.tiny import write_checkpoint
 
 TOP = 5  # log-probabilities compared at each position
 TOLERANCE = 2e-3  # of a log-probability in fp32, where kernels sum in another order
-FP8_TOLERANCE = 2e-2  # of one where activations are rounded to FP8: another last bit may round the other way
+ROUNDED = {"fp8_linear", "fp8_kv_cache"}  # rows that round activations to FP8
+FP8_TOLERANCE = 2e-2  # of a log-probability then: another last bit may round the other way
 # FP8 against fp32 on random weights, whose best tokens are near-ties: how often the best one stays among the first TOP,
 # and how far log-probabilities are apart on average, in nats (measured: 0.93 and 0.15; another model's: 0.01 and 1.05)
 MIN_AGREEMENT, MAX_MEAN_GAP = 0.85, 0.25
@@ -58,7 +59,7 @@ def asked(row: Row, on: bool) -> dict:
     """Config fields that differ in this row alone; a step is short, so that prompts are cut."""
     off_too = () if on else (row.name,)
     off_too += tuple(other.name for other in TABLE if row.name in other.covers)
-    if "fp8_linear" in row.requires:  # the norm before the rounding must be the same one on both sides
+    if ROUNDED & set(row.requires):  # the norm before the rounding must be the same one on both sides
         off_too += ("cpu_kernels", "native_kernels")
     fields = {"on": (*required(row), *((row.name,) if on else ())), "off": off_too, "max_num_batched_tokens": 48}
     if row.name == "chunked_prefill" and not on:
@@ -86,7 +87,7 @@ def compare(row: Row, on: list, off: list) -> None:
         return
     assert len(on) == len(off) == 2 * len(PROMPTS)
     assert all(len(answer.token_ids) == 12 for answer in (*on, *off))
-    tolerance = FP8_TOLERANCE if "fp8_linear" in row.requires else TOLERANCE
+    tolerance = FP8_TOLERANCE if ROUNDED & set(row.requires) else TOLERANCE
     for fast, slow in zip(on, off):
         if row.exactness == "bitwise":
             assert values(fast) == values(slow)

@@ -31,7 +31,7 @@ RIVER = (
 TORCH_FREE = (
     "config spellings facts architecture sparse_attention plan optimizations ops.inventory messages request "
     "sampling_params outputs metrics errors json_file log scheduler kv_cache server.protocol speculation compilation "
-    "structured_outputs sampling.grammar sampling.vocabulary chat"
+    "structured_outputs sampling.grammar sampling.vocabulary chat ops.tiles tune.search tune.tables"
 ).split()
 TORCH_ALLOWED = {"kv_cache.tensors"}
 TORCH_LAZY = ["hardware", "cli"]  # import it inside functions, once there is reason to

@@ -65,7 +65,9 @@ def oracle(path: Path) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
 def run(model: Decoder, kernels: str, hidden: torch.Tensor, batch) -> torch.Tensor:
     if kernels == "eager":
         return model.mtp(hidden, batch)
-    return bind(trace(model.mtp), {op: load_kernel(op, _pick(op, kernels)) for op in inventory()})(hidden, batch)
+    return bind(trace(model.mtp), {op: load_kernel(op, _pick(op, kernels, "fp32")) for op in inventory()})(
+        hidden, batch
+    )
 
 
 def shifted(batch, rows: list[tuple[Request, int]], by: int = 1):

@@ -47,8 +47,8 @@ def test_every_fused_op_has_its_row() -> None:
 
 
 def test_defaults() -> None:
-    of_a_gpu = {"fp8_linear", "triton_kernels or native_kernels"}  # this CPU has no compiler
-    fusions = {row.name for row in TABLE if row.fuses and not of_a_gpu & set(row.requires)}
+    off = {"fp8_linear", "fp8_kv_cache", "triton_kernels or native_kernels"}  # this CPU has no compiler
+    fusions = {row.name for row in TABLE if row.fuses and not off & set(row.requires)}
     assert on() == {"prefix_caching", "chunked_prefill", "cpu_kernels", "packed_linear", *fusions}
     assert on(facts("deepseek-v3", "mi300x")) >= {"async_scheduling", "triton_kernels", "cuda_graphs"}
 
@@ -60,6 +60,8 @@ def test_what_is_asked_for_happens() -> None:
     assert "async_scheduling" not in on(facts("deepseek-v3", "mi300x"), speculative_config={"method": "mtp"})
     assert "prefix_caching" not in on(off=("prefix_caching",))
     assert "prefix_caching" not in on(enable_prefix_caching=False)
+    assert all("fp8_kv_cache" in on(kv_cache_dtype=asked) for asked in ("fp8", "fp8_e4m3"))
+    assert not any("fp8_kv_cache" in on(kv_cache_dtype=asked) for asked in ("auto", "bf16", "fp8_e5m2"))
     assert on(off=tuple(ROWS)) == set()
 
 
@@ -69,6 +71,9 @@ def test_requirements_follow() -> None:
     assert not quantised & on()
     assert quantised | {"fp8_linear"} <= on(on=("fp8_linear",))
     assert not quantised & on(on=("fp8_linear",), off=tuple(quantised))
+    latents = {"fusion_rms_norm_rope_write_latent", "fusion_rms_norm_rope_write_latent_fp8"}
+    assert latents & on() == {"fusion_rms_norm_rope_write_latent"}
+    assert latents & on(kv_cache_dtype="fp8") == {"fusion_rms_norm_rope_write_latent_fp8"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,9 @@ def test_requirements_follow() -> None:
         ({"on": ("prefix_cashing",)}, "on/off", "did you mean prefix_caching"),
         ({"on": ("prefix_caching",), "off": ("prefix_caching",)}, "prefix_caching", "both"),
         ({"on": ("prefix_caching",), "enable_prefix_caching": False}, "prefix_caching", "both"),
+        ({"on": ("fp8_kv_cache",), "kv_cache_dtype": "bf16"}, "fp8_kv_cache", "both"),
+        ({"off": ("fp8_kv_cache",), "kv_cache_dtype": "fp8"}, "fp8_kv_cache", "both"),
+        ({"on": ("cuda_graphs",)}, "cuda_graphs", "cannot be on: Test CPU has no graphs"),
         ({"off": ("async_scheduling",), "async_scheduling": True}, "async_scheduling", "both"),
         ({"on": ("triton_kernels",)}, "triton_kernels", "GPU"),
         ({"on": ("async_scheduling", "speculative_decoding")}, "async_scheduling", "how much of a step was accepted"),

@@ -133,6 +133,50 @@ def test_kv_bytes_a_token_are_those_of_the_papers() -> None:
     assert fp8.memory.kv_bytes_per_token == 61 * (1152 + 132) == 78_324
 
 
+def test_latents_in_fp8_to_the_byte() -> None:
+    """512 + 64 channels: 656 bytes beside bf16, 784 beside fp32; the format is the machine's."""
+    for hardware, fp8 in (("mi300x:8", "fp8_e4m3fnuz"), ("mi355x:8", "fp8_e4m3fn"), ("h200:16", "fp8_e4m3fn")):
+        size = parse_hardware(hardware).count
+        made = plan("deepseek-v3", hardware, tensor_parallel_size=size, kv_cache_dtype="fp8")
+        memory = made.memory
+        assert (made.dtype, made.kv_dtype, made.architecture.attention.fp8_latents) == ("bf16", fp8, fp8)
+        assert memory.kv_bytes_per_token == 61 * 656 == 40_016
+        assert memory.kv_bytes == memory.num_tokens * 40_016
+        assert 0 <= memory.free_bytes < made.block_size * 40_016
+        text = render(made, verbose=True)
+        assert f"(a latent of 512 values in {fp8} and 64 in bf16 x 61 layers, on every rank)" in text
+        assert max(map(len, text.splitlines())) <= 120
+    assert plan(kv_cache_dtype="fp8_e4m3", dtype="float32").memory.kv_bytes_per_token == 27 * 784
+    drafts = {"method": "mtp", "num_speculative_tokens": 1}
+    asked = {"hardware": "mi300x:8", "tensor_parallel_size": 8, "on": ("fp8_kv_cache",)}
+    assert plan("deepseek-v3", **asked, speculative_config=drafts).memory.kv_bytes_per_token == 62 * 656
+    again = {name: value for name, value in asked.items() if name != "on"} | {"kv_cache_dtype": "fp8"}
+    assert plan("deepseek-v3", **asked).hash == plan("deepseek-v3", **again).hash
+    assert plan("deepseek-v3", **asked).hash != plan("deepseek-v3", **asked | {"on": ()}).hash
+
+
+def test_latents_in_fp8_have_kernels_and_fusions_of_their_own() -> None:
+    made = plan(kv_cache_dtype="fp8")
+    assert "rms_norm_rope_write_latent_fp8" in made.fusions and "rms_norm_rope_write_latent" not in made.fusions
+    assert "rms_norm_rope_write_latent_fp8" not in plan().fusions and "rms_norm_rope_write_latent" in plan().fusions
+    assert choice(made, "kv_cache_dtype").reason.startswith("fp8_kv_cache is on")
+    assert choice(plan(), "kv_cache_dtype").refused == {"fp8": "off unless asked for: it changes the numbers"}
+    assert plan(kv_cache_dtype="bfloat16").kv_dtype == plan(kv_cache_dtype="auto").kv_dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("llama-3.1-8b", "K/V heads"), ("deepseek-v3.2", "chosen tokens"), ("deepseek-v4-flash", "windows")],
+)
+def test_other_caches_in_fp8_are_refused_with_the_reason(model, said) -> None:
+    asked = {"model": model, "hardware": "mi300x:8", "tensor_parallel_size": 8}
+    for more, field in (({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"), ({"on": ("fp8_kv_cache",)}, "fp8_kv_cache")):
+        error = refusal(**asked, **more)
+        assert error.field == field and said in error.message and "reads it" in error.message and error.hint
+    assert said in choice(plan(**asked), "kv_cache_dtype").refused["fp8"]
+    assert "fp8" not in refusal(**asked, kv_cache_dtype="fp8_e5m2").hint
+
+
 def test_tensor_parallelism_divides_heads_but_no_latent() -> None:
     one, two = (plan("llama-3.1-8b", "h100:8", tensor_parallel_size=n).memory for n in (1, 2))
     assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
@@ -177,7 +221,9 @@ def test_nothing_is_left_on_auto() -> None:
     ("asked", "field", "said"),
     [
         ({"max_model_len": 200_000}, "max_model_len", "163840"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "not served"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype", "'fp8_e5m2' is not served"),
+        ({"kv_cache_dtype": "fp8_inc"}, "kv_cache_dtype", "auto, bf16 or fp8"),
+        ({"kv_cache_dtype": "fp32"}, "kv_cache_dtype", "not served"),
         ({"quantization": "awq"}, "quantization", "not quantised"),
         ({"quantization": "fp8"}, "quantization", "not quantised"),
         ({"device": "cuda"}, "device", "no GPU"),
@@ -300,10 +346,11 @@ def test_kernels_follow_the_machine_and_the_switches() -> None:
 
 def test_fusions_are_the_rows_that_are_on() -> None:
     fusions = [row for row in ROWS.values() if row.fuses]
-    of_a_gpu = {"fp8_linear", "triton_kernels or native_kernels"}  # this CPU has no compiler
-    assert plan().fusions == {row.fuses for row in fusions if not of_a_gpu & set(row.requires)}
+    off = {"fp8_linear", "fp8_kv_cache", "triton_kernels or native_kernels"}  # this CPU has no compiler
+    assert plan().fusions == {row.fuses for row in fusions if not off & set(row.requires)}
     made = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8, on=("fp8_linear",))
-    assert made.fusions == {row.fuses for row in fusions if not any("packed" in name for name in row.requires)}
+    off = {"fp8_kv_cache", "packed_linear or native_kernels"}
+    assert made.fusions == {row.fuses for row in fusions if not off & set(row.requires)}
 
 
 @pytest.mark.parametrize(
@@ -391,10 +438,10 @@ def test_graphs_are_budgeted() -> None:
     [
         ({"cudagraph_mode": "NONE", "on": ("cuda_graphs",)}, "cuda_graphs", "both on and off"),
         ({"cudagraph_mode": "FULL", "off": ("mixed_graphs",)}, "mixed_graphs", "both on and off"),
-        ({"cudagraph_mode": "PIECEWISE", "off": ("triton_kernels",)}, "piecewise_graphs", "--cudagraph-mode NONE"),
+        ({"cudagraph_mode": "PIECEWISE", "off": ("triton_kernels",)}, "cudagraph_mode", "triton_kernels is off"),
         ({"on": ("mixed_graphs",), "off": ("cuda_graphs",)}, "mixed_graphs", "cuda_graphs is off"),
-        ({"cudagraph_mode": "FULL", "hardware": CPU}, "cuda_graphs", "has no graphs"),
-        ({"cudagraph_mode": "FULL", "trace_file": "f", "trace_ops": True}, "cuda_graphs", "watched"),
+        ({"cudagraph_mode": "FULL", "hardware": CPU}, "cudagraph_mode", "be FULL: Test CPU has no graphs"),
+        ({"cudagraph_mode": "FULL", "trace_file": "f", "trace_ops": True}, "cudagraph_mode", "watched"),
         ({"cudagraph_capture_sizes": (1, 9), "max_cudagraph_capture_size": 8}, "max_cudagraph_capture_size", "is 9"),
     ],
 )

@@ -14,7 +14,8 @@ from deepserve.bench.ops import Roofline
 from deepserve.bench.replay import recorded_cases
 from deepserve.config import Config
 from deepserve.errors import AskError
-from deepserve.ops.load import load_kernel
+from deepserve.ops.check import check
+from deepserve.ops.load import load_kernel, load_op
 from deepserve.recording import shapes, steps
 from deepserve.recording.kernels import CompiledKernels
 from deepserve.recording.timeline import Timeline
@@ -160,6 +161,19 @@ def test_recorded_calls_can_be_made_again(checkpoint, tmp_path):
     assert batch.query_lens == [1, 1, 1]
     assert int(batch.block_table.max()) < len(cache) < 40  # renumbered: the rest of the cache is not needed
     assert int(batch.slot_mapping.max()) < cache.shape[0] * cache.shape[1]
+
+
+def test_a_recorded_cache_of_bytes_holds_numbers(checkpoint, tmp_path):
+    run(checkpoint, capture_shapes=str(tmp_path), kv_cache_dtype="fp8")
+    _, cases = recorded_cases(str(tmp_path))
+    for op in ("mla_attention_fp8", "rms_norm_rope_write_latent_fp8"):
+        for case in cases[op]:
+            arguments = case.make(torch.Generator(), torch.float32, "cpu")
+            cache = arguments[load_op(op).parameters.index("cache")]
+            for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.bfloat16, torch.float16, torch.float32):
+                numbers = cache.view(dtype).float()
+                assert ((numbers > 0) & (numbers < 2)).all()
+            assert check(op, "cpu", case, torch.float32, "cpu", 1) is None
 
 
 def test_what_is_recorded_is_bounded(checkpoint, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import row_tile
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -24,7 +25,9 @@ def _add_rms_norm_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     mask = (row < num_rows) & (channel < SIZE)
@@ -54,7 +57,7 @@ def add_rms_norm(
     rows, block, warps = row_tile(size)
     _add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x, residual, weight, normed, total, eps, num_rows, x.stride(0), residual.stride(0), size, rows, block,
-        num_warps=warps,
+        num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return normed, total
 

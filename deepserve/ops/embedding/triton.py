@@ -8,10 +8,12 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
-def _embedding_kernel(token_ids, weight, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding_kernel(token_ids, weight, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token_id = tl.load(token_ids + row)
@@ -25,7 +27,7 @@ def embedding(token_ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor |
     out = torch.empty((num_tokens, size), dtype=weight.dtype, device=weight.device) if out is None else out
     block = min(next_power_of_two(size), 2048)
     _embedding_kernel[(num_tokens, triton.cdiv(size, block))](
-        token_ids, weight, out, size, block, num_warps=num_warps(block)
+        token_ids, weight, out, size, block, num_warps=num_warps(block), **overlap(token_ids.device)
     )
     return out
 

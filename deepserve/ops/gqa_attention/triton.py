@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from deepserve.ops.gqa_attention.tiles import DECODE, PREFILL
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.split_context import HEADS, LOG2_E, combine, num_splits, part_of
 from deepserve.runner.batch import Batch
 
@@ -21,7 +23,7 @@ def _gqa_decode_kernel(
     cache,  # [num_blocks, 2, BLOCK_SIZE, KV_HEADS, DIM]
     block_table,  # [B, *] at row stride table_row
     seq_lens,
-    mixed,  # fp32 [B, N, splits, DIM]
+    mixed,  # fp32 [B, N, splits, DIM]; with WHOLE the result itself, [B, N, DIM]
     log_sums,  # fp32 [B, N, splits]
     scale_log2,
     q_row,
@@ -35,8 +37,14 @@ def _gqa_decode_kernel(
     DIM_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,  # there is one part, which is the context
+    OVERLAP: tl.constexpr,
 ):
-    """Scores and sums are kept transposed, [keys, heads] and [channels, heads]: the cache is what fills the tiles."""
+    """Scores and sums are kept transposed, [keys, heads] and [channels, heads]: the cache is what fills the tiles.
+
+    Block ids are read a tile ahead, so that the copies of keys and values wait for nothing.
+    """
+    wait(OVERLAP)
     request = tl.program_id(0).to(tl.int64)
     kv_head, block = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     split, splits = tl.program_id(2), tl.num_programs(2)
@@ -54,11 +62,14 @@ def _gqa_decode_kernel(
     largest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([DIM_BLOCK, HEADS], tl.float32)
+    table = block_table + request * table_row
+    place = tl.arange(0, KEYS)
+    block_id = tl.load(table + (first + place) // BLOCK_SIZE, first + place < last, 0)
     for start in range(first, last, KEYS):
-        token = start + tl.arange(0, KEYS)
+        token = start + place
         seen = token < last
-        slot = tl.load(block_table + request * table_row + token // BLOCK_SIZE, seen, 0).to(tl.int64)
-        slot = slot * (2 * BLOCK_SIZE) + token % BLOCK_SIZE
+        slot = block_id.to(tl.int64) * (2 * BLOCK_SIZE) + token % BLOCK_SIZE
+        block_id = tl.load(table + (token + KEYS) // BLOCK_SIZE, token + KEYS < last, 0)
         mask = seen[:, None] & is_channel[None, :]
         entry = cache + (slot * KV_HEADS + kv_head)[:, None] * DIM + channel[None, :]
         key = tl.load(entry, mask, 0.0)
@@ -71,10 +82,14 @@ def _gqa_decode_kernel(
         total = total * shrink + tl.sum(weights, 0)
         sums = tl.dot(tl.trans(value), weights.to(value.dtype), sums * shrink[None, :], input_precision="ieee")
         largest = top
-    row = (request * (KV_HEADS * GROUP) + head) * splits + split
-    out = mixed + row[None, :] * DIM + channel[:, None]
-    tl.store(out, sums / total[None, :], is_channel[:, None] & is_head[None, :])
-    tl.store(log_sums + row, largest + tl.log2(total), is_head)
+    sums = sums / total[None, :]
+    if WHOLE:
+        out = mixed + (request * (KV_HEADS * GROUP) + head)[None, :] * DIM + channel[:, None]
+        tl.store(out, sums.to(mixed.dtype.element_ty), is_channel[:, None] & is_head[None, :])
+    else:
+        row = (request * (KV_HEADS * GROUP) + head) * splits + split
+        tl.store(mixed + row[None, :] * DIM + channel[:, None], sums, is_channel[:, None] & is_head[None, :])
+        tl.store(log_sums + row, largest + tl.log2(total), is_head)
 
 
 @triton.jit(do_not_specialize=["table_row", "first_request"])
@@ -98,7 +113,9 @@ def _gqa_prefill_kernel(
     DIM_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     request = first_request + tl.program_id(2)
     head = tl.program_id(1)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
@@ -146,23 +163,40 @@ def _gqa_prefill_kernel(
     tl.store(out + (token * (KV_HEADS * GROUP) + head) * DIM + channel[None, :], result, mask)
 
 
+def _decode_tile(is_amd: bool, wide: bool) -> tuple[int, int, int]:
+    """Keys, warps and stages."""
+    return (32, 4, 2) if wide or is_amd else (64, 4, 3)
+
+
+def _prefill_tile(is_amd: bool, wide: bool, dim: int) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages."""
+    queries, keys, warps = (32, 32, 4) if wide else (64, 64, 4) if dim > 128 else (128, 64, 8)
+    return queries, keys, warps, 1 if wide or is_amd else 2
+
+
 def _decode(
     q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None, out: torch.Tensor
 ) -> None:
     requests, heads, dim = q.shape
     block_size, kv_heads = cache.shape[2:4]
-    group, wide = heads // kv_heads, cache.element_size() > 2 or dim > 128
-    keys = 32 if wide or chip(cache.device).is_amd else 64
+    group, size, found = heads // kv_heads, cache.element_size(), chip(cache.device)
+    keys, warps, stages = DECODE.choose(
+        found, _decode_tile(found.is_amd, size > 2 or dim > 128), heads=heads, kv_heads=kv_heads, dim=dim,
+        element_bytes=size, requests=requests,
+    )  # fmt: skip
     programs = kv_heads * triton.cdiv(group, HEADS)
-    splits = num_splits(requests * programs, batch.max_seq_len, keys, cache.device)
-    mixed = torch.empty((requests, heads, splits, dim), dtype=torch.float32, device=cache.device)
-    log_sums = torch.empty((requests, heads, splits), dtype=torch.float32, device=cache.device)
+    splits = num_splits(requests * programs, cache.device)
+    mixed, log_sums = out, None
+    if splits > 1:
+        mixed = torch.empty((requests, heads, splits, dim), dtype=torch.float32, device=cache.device)
+        log_sums = torch.empty((requests, heads, splits), dtype=torch.float32, device=cache.device)
     _gqa_decode_kernel[(requests, programs, splits)](
         q, cache, batch.block_table, batch.seq_lens, mixed, log_sums, scale * LOG2_E, q.stride(0), q.stride(1),
         batch.block_table.stride(0), kv_heads, group, window, block_size, dim, max(next_power_of_two(dim), 16), HEADS,
-        keys, num_warps=4, num_stages=2 if wide or chip(cache.device).is_amd else 3,
+        keys, splits == 1, num_warps=warps, num_stages=stages, **overlap(cache.device),
     )  # fmt: skip
-    combine(mixed, log_sums, batch.seq_lens, out, keys, window)
+    if log_sums is not None:
+        combine(mixed, log_sums, batch.seq_lens, out, keys, window)
 
 
 def gqa_attention(
@@ -181,13 +215,16 @@ def gqa_attention(
     if num_long:
         _, heads, dim = q.shape
         block_size, kv_heads = cache.shape[2:4]
-        wide, is_amd = cache.element_size() > 2, chip(cache.device).is_amd
-        rows, keys, warps = (32, 32, 4) if wide else (64, 64, 4) if dim > 128 else (128, 64, 8)
-        grid = (triton.cdiv(max(batch.query_lens[single:]), rows), heads, num_long)
+        size, found, longest = cache.element_size(), chip(cache.device), max(batch.query_lens[single:])
+        rows, keys, warps, stages = PREFILL.choose(
+            found, _prefill_tile(found.is_amd, size > 2, dim), heads=heads, kv_heads=kv_heads, dim=dim,
+            element_bytes=size, queries=longest,
+        )  # fmt: skip
+        grid = (triton.cdiv(longest, rows), heads, num_long)
         _gqa_prefill_kernel[grid](
             q, cache, batch.block_table, batch.query_start, batch.seq_lens, out, scale * LOG2_E, q.stride(0),
             q.stride(1), batch.block_table.stride(0), single, kv_heads, heads // kv_heads, window, block_size, dim,
-            max(next_power_of_two(dim), 16), rows, keys, num_warps=warps, num_stages=1 if wide or is_amd else 2,
+            max(next_power_of_two(dim), 16), rows, keys, num_warps=warps, num_stages=stages, **overlap(cache.device),
         )  # fmt: skip
     return out
 

@@ -23,7 +23,13 @@ def _cost(hidden: torch.Tensor, weight: torch.Tensor) -> Cost:
 
 
 @op(
-    cases=(_case(1, 64, 320), _case(7, 96, 333), _case(32, 2048, 32768, bench=True)),
+    cases=(
+        _case(1, 64, 320),
+        _case(7, 96, 333),
+        _case(70, 96, 130),
+        _case(1, 2048, 102400, bench=True),
+        _case(32, 2048, 32768, bench=True),
+    ),
     tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 2e-3)},
     cost=_cost,
 )

@@ -1,7 +1,7 @@
 """A projection back to the residual stream, the addition, and the norm that follows."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo
+from deepserve.ops.inventory import REFERENCE, KernelInfo, triton
 from deepserve.ops.linear import needs_onednn
 from deepserve.ops.native import NATIVE
 
-KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), NATIVE)
+KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), triton("tolerance"), NATIVE)

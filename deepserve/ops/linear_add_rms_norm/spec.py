@@ -24,9 +24,12 @@ def _cost(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm_we
     return Cost(nbytes(x) + nbytes(weight) + 3 * nbytes(residual), x.shape[0] * 2 * weight.numel())
 
 
+BENCHED = tuple(_case(rows, 2048, 2048, bench=True) for rows in (1, 16, 32))
+
+
 @op(
     fused=True,
-    cases=(_case(1, 64, 96), _case(5, 96, 40), _case(130, 192, 256), _case(32, 2048, 2048, bench=True)),
+    cases=(_case(1, 64, 96), _case(5, 96, 40), _case(9, 700, 72), _case(130, 192, 256), *BENCHED),
     tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (4e-3, 4e-3)},
     cost=_cost,
 )

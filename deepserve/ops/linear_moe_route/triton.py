@@ -13,6 +13,7 @@ import triton.language as tl
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.moe_route.triton import route
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 MAX_PARTS = 8
 
@@ -30,7 +31,9 @@ def _logits_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
     channel = tl.program_id(2) * PART + tl.arange(0, K)
@@ -89,7 +92,7 @@ def linear_moe_route(
     logits = torch.empty((parts, num_rows, columns), dtype=torch.float32, device=x.device)
     _logits_kernel[(triton.cdiv(num_rows, m), triton.cdiv(columns, n), parts)](
         x, weight, logits, num_rows, x.stride(0), width, columns, part, m, n, k, num_warps=4,
-        num_stages=2 if found.is_amd else 3,
+        num_stages=2 if found.is_amd else 3, **overlap(x.device),
     )  # fmt: skip
     return route(logits, bias, top_k, num_groups, top_k_groups, scoring, selection, renormalize, factor)
 

@@ -1,20 +1,28 @@
-"""Experts in Triton: tokens sorted by expert with no word to the host, two grouped products, a weighted sum.
+"""Experts in Triton: which rows are whose is found with no word to the host, two grouped products, a weighted sum.
 
-Experts are in use or not from step to step; the grid is as large as it can get, and programs with nothing to do end.
+Few choices are looked through by the products' own programs; many are sorted by expert first. Experts are in use or not
+from step to step: the grid is as large as it can get, and programs with nothing to do end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepserve.ops.launch import chip, next_power_of_two, num_warps
+from deepserve.ops.moe_experts.tiles import DOWN, GATE_UP
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 SORTED_ROWS = 64  # tokens of one sorting program
+MAX_CHOICES = 512  # of a step without sorting
+CHOICES_AT_ONCE = 2048  # choices times rows that a program compares in one go: more would fill its registers
+EACH, BY_CHOICE, BY_EXPERT, SORTED = range(4)  # what a program's tile is: see _tile_of
 
 
 @triton.jit
@@ -30,9 +38,16 @@ def _chosen(ids, row, num_tokens, TOP_K: tl.constexpr, EXPERTS_BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=["num_choices"])
 def _moe_count_kernel(
-    ids, counts, num_choices, CHOICES: tl.constexpr, BLOCK: tl.constexpr, EXPERTS_BLOCK: tl.constexpr
+    ids,
+    counts,
+    num_choices,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """counts int32 [programs, EXPERTS_BLOCK]: how many of this program's CHOICES of the [T * K] go to each expert."""
+    wait(OVERLAP)
     program, place = tl.program_id(0), tl.arange(0, BLOCK)
     mask = (place < CHOICES) & (program * CHOICES + place < num_choices)
     expert = tl.load(ids + program * CHOICES + place, mask, 0).to(tl.int32)
@@ -44,18 +59,18 @@ def _moe_count_kernel(
 def _moe_sort_kernel(
     ids,  # [T, TOP_K]
     counts,  # of _moe_count_kernel; None where this is the only program
-    rows,  # int32 [T * (TOP_K + SHARED)]: the flat index t * TOP_K + k of each place, sorted by expert
+    rows,  # int32 [T * TOP_K]: the flat index t * TOP_K + k of each place, sorted by expert
     tiles,  # int32 [num_tiles, 4]: expert (-1: none), first place, end of the expert's places
     num_tokens,
     num_tiles,
     TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SHARED: tl.constexpr,  # experts after the routed ones that every token goes to
-    EXPERTS_BLOCK: tl.constexpr,  # power of two that covers EXPERTS + SHARED
+    EXPERTS_BLOCK: tl.constexpr,  # power of two that covers the experts
     ROWS: tl.constexpr,
     TILE: tl.constexpr,  # places of one tile of the products
     COUNTED: tl.constexpr,  # programs of which counts are read at a time
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     expert = tl.arange(0, EXPERTS_BLOCK)
     row = program * ROWS + tl.arange(0, ROWS)
@@ -71,14 +86,10 @@ def _moe_sort_kernel(
             count = tl.load(counts + other * EXPERTS_BLOCK + expert[None, :], other < num_programs, 0)
             total += tl.sum(count, 0)
             before += tl.sum(tl.where(other < program, count, 0), 0)
-    total = tl.where((expert >= EXPERTS) & (expert < EXPERTS + SHARED), num_tokens, total)
     end = tl.cumsum(total, 0)
     begin = end - total
     place = (begin + before)[None, :] + tl.cumsum(is_chosen, 0) - is_chosen
     tl.store(rows + place, row[:, None] * TOP_K + chosen - 1, chosen > 0)
-    for shared in tl.static_range(SHARED):
-        place = num_tokens * (TOP_K + shared) + row
-        tl.store(rows + place, place, row < num_tokens)
 
     tile_end = tl.cumsum((total + TILE - 1) // TILE, 0)
     tile_begin = tile_end - (total + TILE - 1) // TILE
@@ -94,30 +105,132 @@ def _moe_sort_kernel(
 
 
 @triton.jit
-def _tile(tiles, tile, TOP_K: tl.constexpr, SORTED: tl.constexpr, EXPERTS: tl.constexpr):
-    """(expert, first place, end of the places) of a tile."""
-    if SORTED:
-        expert = tl.load(tiles + tile * 4).to(tl.int64)
-        first, last = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+def _tile_of(
+    ids, tiles, slot, num_tokens, chunk,
+    MODE: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr, M: tl.constexpr,
+    CHOICES: tl.constexpr,
+):  # fmt: skip
+    """(expert, or -1; flat index, hidden row and whether it is one of each of M rows; rows of the expert in all).
+
+    A flat index below T * TOP_K is token * TOP_K + k, then come the shared experts, T each. EACH (0): a token's slots
+    are its choices and the shared experts. BY_CHOICE (1): a slot is a choice, if it is the first of its expert.
+    BY_EXPERT (2): it is an expert. There, `chunk` rows of the expert come before. SORTED (3): a slot is a tile of
+    _moe_sort_kernel.
+    """
+    number = tl.arange(0, M)
+    if MODE == 3:
+        expert = tl.load(tiles + slot * 4).to(tl.int64)
+        place = tl.load(tiles + slot * 4 + 1) + number
+        is_row = place < tl.load(tiles + slot * 4 + 2)
+        flat = tl.load(ids + place, is_row, 0)  # of the sorted rows
+        count = M
+        return expert, flat, place, is_row, count
+    elif MODE == 0:
+        expert = tl.load(ids + slot, slot < TOP_K, 0).to(tl.int64)
+        expert = tl.where(slot < TOP_K, expert, EXPERTS - TOP_K + slot)
+        flat = slot + number
+        return expert, flat, flat, number < 1, 1
     else:
-        chosen = tl.load(tiles + tile, tile < TOP_K, 0)
-        expert = tl.where(tile < TOP_K, chosen, (EXPERTS - TOP_K + tile).to(tl.int64))
-        first, last = tile, tile + 1
-    return expert, first, last
+        num_choices = num_tokens * TOP_K
+        slots = EXPERTS
+        expert = slot
+        if MODE == 1:
+            slots = num_choices
+            expert = tl.load(ids + slot, slot < slots, 0).to(tl.int32)
+        wanted = chunk + number
+        flat = tl.zeros((M,), tl.int32)
+        count = 0
+        num_before = 0
+        for start in range(0, num_choices, CHOICES):
+            place = start + tl.arange(0, CHOICES)
+            chosen = tl.load(ids + place, place < num_choices, -1).to(tl.int32)
+            hit = (chosen == expert).to(tl.int32)
+            rank = count + tl.cumsum(hit, 0) - hit
+            found = (rank[None, :] == wanted[:, None]) & (hit[None, :] > 0)
+            flat += tl.sum(tl.where(found, place[None, :], 0), 1)
+            count += tl.sum(hit, 0)
+            if MODE == 1:
+                num_before += tl.sum(tl.where(place < slot, hit, 0), 0)
+        if MODE == 1:
+            count = tl.where(num_before > 0, 0, count)
+        if SHARED > 0:
+            if slot >= slots:
+                expert = EXPERTS + slot - slots
+                count = num_tokens
+                flat = num_choices + (slot - slots) * num_tokens + wanted
+        is_row = wanted < count
+        expert = tl.where(count > 0, expert, -1)
+        return expert.to(tl.int64), tl.where(is_row, flat, 0), tl.where(is_row, flat, 0), is_row, count
+
+
+@triton.jit
+def _load(pointers, mask, MASKED: tl.constexpr):
+    """Masks cost instructions even where they are all true."""
+    if MASKED:
+        values = tl.load(pointers, mask, 0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def _gate_up_tile(
+    x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Rows times N gates and the N ups beside them, as one product of 2N columns, and the activation of its sums."""
+    token = flat // TOP_K
+    gates = weight + expert * (2 * WIDTH * HIDDEN)
+    up = WIDTH * HIDDEN
+    if SHARED > 0:
+        choices = num_tokens * TOP_K
+        token = tl.where(flat < choices, token, (flat - choices) % num_tokens)
+        if expert >= EXPERTS:
+            gates = shared_weight + (expert - EXPERTS) * (WIDTH * HIDDEN)
+            up = SHARED * WIDTH * HIDDEN
+    CUT: tl.constexpr = HIDDEN % K != 0
+    channel = tl.arange(0, K)
+    left = x + token.to(tl.int64)[:, None] * x_stride + channel[None, :]
+    total = tl.zeros((M, 2 * N), tl.float32)
+    if described is not None:  # tiles of gates, then ups
+        for start in range(0, HIDDEN, K):
+            a = _load(left + start, (start + channel < HIDDEN)[None, :], CUT)
+            b = described.load([(2 * expert).to(tl.int32), part * N, start])
+            total = tl.dot(a, tl.reshape(b, (2 * N, K)).T, total, input_precision="ieee")
+        gate, other = tl.split(tl.permute(tl.reshape(total, (M, 2, N)), (0, 2, 1)))
+    else:  # gates and ups in turn: both of a channel are sums of one thread
+        pair = tl.arange(0, 2 * N)
+        column = part * N + pair // 2
+        right = gates + (pair % 2 * up + column * HIDDEN)[None, :] + channel[:, None]
+        for start in range(0, HIDDEN, K):
+            inside = start + channel < HIDDEN
+            a = _load(left + start, inside[None, :], CUT)
+            b = _load(right + start, inside[:, None] & (column < WIDTH)[None, :], CUT or WIDTH % N != 0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        gate, other = tl.split(tl.reshape(total, (M, N, 2)))
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT)
+        other = tl.minimum(tl.maximum(other, -LIMIT), LIMIT)
+    value = (gate * tl.sigmoid(gate) * other).to(hidden.dtype.element_ty)
+    column = part * N + tl.arange(0, N)
+    out = hidden + place.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(out, value, is_row[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _moe_gate_up_kernel(
     x,  # [T, HIDDEN] at row stride x_stride
     weight,  # [EXPERTS, 2 * WIDTH, HIDDEN]
+    described,  # the same as [EXPERTS * 2, WIDTH, HIDDEN] in tiles of [2, N, K], or None
     shared_weight,  # [2 * SHARED * WIDTH, HIDDEN], gates first, or None
-    hidden,  # [places, WIDTH]
-    rows,
-    tiles,  # of _moe_sort_kernel, or of a single token its ids: then every place is a tile
+    hidden,  # [T * (TOP_K + SHARED), WIDTH], by hidden row
+    ids,  # [T, TOP_K], or the rows of _moe_sort_kernel
+    tiles,  # of _moe_sort_kernel, or None
     num_tokens,
     x_stride,
+    MODE: tl.constexpr,
     TOP_K: tl.constexpr,
-    SORTED: tl.constexpr,
     EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -125,91 +238,120 @@ def _moe_gate_up_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    REPEATS: tl.constexpr,  # an expert may have more rows than M
     LIMIT: tl.constexpr,  # gate and up are clamped to it, unless None
+    OVERLAP: tl.constexpr,
 ):
-    tile = tl.program_id(0) // ((WIDTH + N - 1) // N)
-    expert, first, last = _tile(tiles, tile, TOP_K, SORTED, EXPERTS)
+    wait(OVERLAP)
+    slot = tl.program_id(0) // ((WIDTH + N - 1) // N)
+    part = tl.program_id(0) % ((WIDTH + N - 1) // N)
+    expert, flat, place, is_row, count = _tile_of(
+        ids, tiles, slot, num_tokens, 0, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
+    )
     if expert < 0:
         return
-    place = first + tl.arange(0, M)
-    is_row = place < last
-    flat = tl.load(rows + place, is_row, 0) if SORTED else place
-    token = tl.where(flat < num_tokens * TOP_K, flat // TOP_K, (flat - num_tokens * TOP_K) % num_tokens)
-    column = tl.program_id(0) % ((WIDTH + N - 1) // N) * N + tl.arange(0, N)
-    is_column = column < WIDTH
-    gates = weight + expert * (2 * WIDTH * HIDDEN)
-    up = WIDTH * HIDDEN
-    if SHARED > 0:
-        if expert >= EXPERTS:
-            gates = shared_weight + (expert - EXPERTS) * (WIDTH * HIDDEN)
-            up = SHARED * WIDTH * HIDDEN
-    channel = tl.arange(0, K)
-    left = x + token.to(tl.int64)[:, None] * x_stride + channel[None, :]
-    right = gates + column[None, :] * HIDDEN + channel[:, None]
-    gate_sum = tl.zeros((M, N), tl.float32)
-    up_sum = tl.zeros((M, N), tl.float32)
-    for start in range(0, HIDDEN, K):
-        inside = start + channel < HIDDEN
-        a = tl.load(left + start, is_row[:, None] & inside[None, :], 0.0)
-        mask = inside[:, None] & is_column[None, :]
-        gate_sum = tl.dot(a, tl.load(right + start, mask, 0.0), gate_sum, input_precision="ieee")
-        up_sum = tl.dot(a, tl.load(right + up + start, mask, 0.0), up_sum, input_precision="ieee")
-    if LIMIT is not None:
-        gate_sum = tl.minimum(gate_sum, LIMIT)
-        up_sum = tl.minimum(tl.maximum(up_sum, -LIMIT), LIMIT)
-    value = gate_sum * tl.sigmoid(gate_sum) * up_sum
-    out = hidden + place.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(out, value.to(hidden.dtype.element_ty), is_row[:, None] & is_column[None, :])
+    if REPEATS:
+        for chunk in range(0, count, M):
+            _, flat, place, is_row, _ = _tile_of(
+                ids, tiles, slot, num_tokens, chunk, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
+            )
+            _gate_up_tile(
+                x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
+                TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, LIMIT,
+            )  # fmt: skip
+    else:
+        _gate_up_tile(
+            x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
+            TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit
-def _moe_down_kernel(
-    hidden,  # [places, WIDTH]
-    weight,  # [EXPERTS, HIDDEN, WIDTH]
-    shared_weight,  # [HIDDEN, SHARED * WIDTH] or None
-    out,  # [T * (TOP_K + SHARED), HIDDEN], by flat index
-    rows,
-    tiles,
-    TOP_K: tl.constexpr,
-    SORTED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-):
-    tile = tl.program_id(0) // ((HIDDEN + N - 1) // N)
-    expert, first, last = _tile(tiles, tile, TOP_K, SORTED, EXPERTS)
-    if expert < 0:
-        return
-    place = first + tl.arange(0, M)
-    is_row = place < last
-    column = tl.program_id(0) % ((HIDDEN + N - 1) // N) * N + tl.arange(0, N)
-    is_column = column < HIDDEN
+def _down_tile(
+    hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
+    EXPERTS: tl.constexpr, SHARED: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     matrix = weight + expert * (HIDDEN * WIDTH)
     stride = WIDTH
     if SHARED > 0:
         if expert >= EXPERTS:
             matrix = shared_weight + (expert - EXPERTS) * WIDTH
             stride = SHARED * WIDTH
+    CUT: tl.constexpr = WIDTH % K != 0
+    column = part * N + tl.arange(0, N)
     channel = tl.arange(0, K)
     left = hidden + place.to(tl.int64)[:, None] * WIDTH + channel[None, :]
-    right = matrix + column[None, :] * stride + channel[:, None]
     total = tl.zeros((M, N), tl.float32)
-    for start in range(0, WIDTH, K):
-        inside = start + channel < WIDTH
-        a = tl.load(left + start, is_row[:, None] & inside[None, :], 0.0)
-        b = tl.load(right + start, inside[:, None] & is_column[None, :], 0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-    flat = tl.load(rows + place, is_row, 0) if SORTED else place
+    if described is not None:
+        for start in range(0, WIDTH, K):
+            a = tl.load(left + start, is_row[:, None] & (start + channel < WIDTH)[None, :], 0.0)
+            b = described.load([(expert * HIDDEN).to(tl.int32) + part * N, start])
+            total = tl.dot(a, b.T, total, input_precision="ieee")
+    else:
+        right = matrix + column[None, :] * stride + channel[:, None]
+        for start in range(0, WIDTH, K):
+            inside = start + channel < WIDTH
+            a = tl.load(left + start, is_row[:, None] & inside[None, :], 0.0)
+            b = _load(right + start, inside[:, None] & (column < HIDDEN)[None, :], CUT or HIDDEN % N != 0)
+            total = tl.dot(a, b, total, input_precision="ieee")
     target = out + flat.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), is_row[:, None] & is_column[None, :])
+    tl.store(target, total.to(out.dtype.element_ty), is_row[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _moe_down_kernel(
+    hidden,  # of _moe_gate_up_kernel
+    weight,  # [EXPERTS, HIDDEN, WIDTH]
+    described,  # the same as [EXPERTS * HIDDEN, WIDTH] in tiles of [N, K], or None
+    shared_weight,  # [HIDDEN, SHARED * WIDTH] or None
+    out,  # [T * (TOP_K + SHARED), HIDDEN], by flat index
+    ids,
+    tiles,
+    num_tokens,
+    MODE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    slot = tl.program_id(0) // ((HIDDEN + N - 1) // N)
+    part = tl.program_id(0) % ((HIDDEN + N - 1) // N)
+    expert, flat, place, is_row, count = _tile_of(
+        ids, tiles, slot, num_tokens, 0, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
+    )
+    if expert < 0:
+        return
+    if REPEATS:
+        for chunk in range(0, count, M):
+            _, flat, place, is_row, _ = _tile_of(
+                ids, tiles, slot, num_tokens, chunk, MODE, TOP_K, EXPERTS, SHARED, M, CHOICES
+            )
+            _down_tile(
+                hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
+                EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K,
+            )  # fmt: skip
+    else:
+        _down_tile(
+            hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
+            EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K,
+        )  # fmt: skip
 
 
 @triton.jit
-def _moe_sum_kernel(y, weights, out, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _moe_sum_kernel(
+    y, weights, out, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -220,51 +362,78 @@ def _moe_sum_kernel(y, weights, out, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, 
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Shapes of the two products: rows, columns, channels, warps and stages of each."""
+class Tiles:
+    """Shapes of the two products: rows; of each its columns (of gate and of up), channels, warps, stages, and whether its
+    weights are described: copied to where they are multiplied by the chip's own engine for that (TMA)."""
 
     rows: int
-    gate_up: tuple[int, int, int, int]  # columns (of gate and of up), channels, warps, stages
-    down: tuple[int, int, int, int]
+    gate_up: tuple[int, ...]
+    down: tuple[int, ...]
 
 
-def _choose(rows_an_expert: float, is_amd: bool, wide: bool) -> _Tiles:
+def _heuristic(num_tokens: int, rows_an_expert: float, is_amd: bool, wide: bool) -> Tiles:
     """Few rows an expert (weights stream by once), a ramp, and many (matrix units are busy)."""
     if wide:
-        return _Tiles(16, (32, 32, 4, 2), (32, 32, 4, 2))
-    stages = 2 if is_amd else 4
-    few_stages = min(stages, 3)
-    if rows_an_expert <= 8:
-        return _Tiles(16, (32, 128, 4, stages), (64, 128, 4, stages))
+        return Tiles(16, (32, 32, 4, 2, 0), (32, 32, 4, 2, 0))
+    if is_amd:
+        if rows_an_expert <= 64:
+            return Tiles(16 if num_tokens <= 16 else 64, (32, 128, 4, 2, 0), (64, 128, 4, 2, 0))
+        return Tiles(128, (64, 64, 8, 2, 0), (128, 64, 8, 2, 0))
+    if rows_an_expert <= 12:
+        return Tiles(16, (32, 128, 4, 4, 0), (64, 128, 4, 4, 0))
+    if rows_an_expert <= 24:
+        return Tiles(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))
     if rows_an_expert <= 64:
-        return _Tiles(64, (32, 128, 4, few_stages), (64, 128, 4, few_stages))
-    return _Tiles(128, (128, 64, 8, stages), (128 if is_amd else 256, 64, 8, stages))
+        return Tiles(64, (64, 64, 4, 4, 0), (128, 64, 4, 4, 0))
+    return Tiles(128, (128, 64, 8, 4, 1), (256, 64, 8, 4, 1))
 
 
-def _sort(
-    ids: torch.Tensor, num_experts: int, num_shared: int, tile_rows: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(rows, tiles, number of tiles) as _moe_sort_kernel makes them."""
+def _tiles(x: torch.Tensor, ids: torch.Tensor, num_experts: int, sizes: tuple[int, int]) -> Tiles:
+    """What the heuristic says, or the tables for so many rows of each of the experts in use."""
+    found, size, used = chip(x.device), x.element_size(), min(ids.numel(), num_experts)
+    shape = _heuristic(len(ids), ids.numel() / num_experts, found.is_amd, size > 2)
+    key = {"rows": -(-ids.numel() // used), "experts": used, "element_bytes": size}
+    key |= dict(zip(("hidden", "width"), sizes))
+    rows, *gate_up = GATE_UP.choose(found, (shape.rows, *shape.gate_up), **key)
+    return Tiles(rows, tuple(gate_up), DOWN.choose(found, shape.down, tile_rows=rows, **key))
+
+
+def _sort(ids: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, tiles) as _moe_sort_kernel makes them."""
     (num_tokens, top_k), device = ids.shape, ids.device
-    places = num_tokens * (top_k + num_shared)
-    used = min(num_tokens * top_k, num_experts) + num_shared
+    places = num_tokens * top_k
+    used = min(places, num_experts)
     num_tiles = used + (places - used) // tile_rows
     rows = torch.empty(places, dtype=torch.int32, device=device)
     tiles = torch.empty((num_tiles, 4), dtype=torch.int32, device=device)
-    experts_block, programs = next_power_of_two(num_experts + num_shared), triton.cdiv(num_tokens, SORTED_ROWS)
-    sorted_rows = min(SORTED_ROWS, next_power_of_two(num_tokens))
+    experts_block, programs = next_power_of_two(num_experts), triton.cdiv(num_tokens, SORTED_ROWS)
     counts = None
     if programs > 1:
         counts = torch.empty((programs, experts_block), dtype=torch.int32, device=device)
-        choices = sorted_rows * top_k
+        choices = SORTED_ROWS * top_k
         _moe_count_kernel[(programs,)](
-            ids, counts, ids.numel(), choices, next_power_of_two(choices), experts_block, num_warps=4
+            ids, counts, ids.numel(), choices, next_power_of_two(choices), experts_block, num_warps=4, **overlap(device)
         )
     _moe_sort_kernel[(programs,)](
-        ids, counts, rows, tiles, num_tokens, num_tiles, top_k, num_experts, num_shared, experts_block, sorted_rows,
-        tile_rows, 16, num_warps=8,
+        ids, counts, rows, tiles, num_tokens, num_tiles, top_k, experts_block, SORTED_ROWS, tile_rows, 16,
+        num_warps=8, **overlap(device),
     )  # fmt: skip
-    return rows, tiles, num_tiles
+    return rows, tiles
+
+
+def _slots(
+    ids: torch.Tensor, num_experts: int, num_shared: int, tile_rows: int
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None, int]:
+    """(constants of both products, their ids, their tiles, how many slots there are)."""
+    num_tokens, choices = len(ids), ids.numel()
+    constants = {"CHOICES": max(CHOICES_AT_ONCE // tile_rows, 16), "REPEATS": tile_rows < num_tokens}
+    if num_tokens == 1:
+        return constants | {"MODE": EACH, "REPEATS": False}, ids, None, choices + num_shared
+    if choices <= MAX_CHOICES:
+        mode = BY_CHOICE if choices < num_experts else BY_EXPERT
+        return constants | {"MODE": mode}, ids, None, min(choices, num_experts) + num_shared
+    rows, tiles = _sort(ids, num_experts, tile_rows)
+    return {"CHOICES": 16, "REPEATS": False, "MODE": SORTED}, rows, tiles, len(tiles)
 
 
 def expert_rows(
@@ -276,26 +445,30 @@ def expert_rows(
 ) -> torch.Tensor:
     """[T * (K + S), H]: the unweighted outputs of each token's K experts, then those of all tokens' S shared ones.
 
-    matrices [E, 2I, H] and [E, H, I]; shared [2SI, H] and [H, SI].
+    matrices [E, 2I, H] and [E, H, I]; shared [2SI, H] and [H, SI], of no more than MAX_CHOICES choices.
     """
     (num_tokens, top_k), (num_experts, hidden_size, width) = ids.shape, matrices[1].shape
     num_shared = shared[1].shape[1] // width if shared else 0
-    found, wide = chip(x.device), x.element_size() > 2
-    shape = _choose(num_tokens * top_k / num_experts, found.is_amd, wide)
+    tiles = _tiles(x, ids, num_experts, (hidden_size, width))
+    constants, rows, table, num_slots = _slots(ids, num_experts, num_shared, tiles.rows)
+    columns, channels, warps, stages, described = tiles.gate_up
+    down_columns, down_channels, down_warps, down_stages, down_described = tiles.down
+    gate_up = matrices[0].view(2 * num_experts, width, hidden_size), [2, columns, channels]
+    down = matrices[1].view(-1, width), [down_columns, down_channels]
+    constants |= {"TOP_K": top_k, "EXPERTS": num_experts, "SHARED": num_shared, "HIDDEN": hidden_size, "WIDTH": width}
+    constants |= {"M": tiles.rows, **overlap(x.device)}
     places = num_tokens * (top_k + num_shared)
-    rows, tiles, num_tiles = _sort(ids, num_experts, num_shared, shape.rows) if num_tokens > 1 else (ids, ids, places)
     hidden = torch.empty((places, width), dtype=x.dtype, device=x.device)
-    columns, channels, warps, stages = shape.gate_up
-    _moe_gate_up_kernel[(num_tiles * triton.cdiv(width, columns),)](
-        x, matrices[0], shared[0] if shared else None, hidden, rows, tiles, num_tokens, x.stride(0), top_k,
-        num_tokens > 1, num_experts, num_shared, hidden_size, width, shape.rows, columns, channels, limit,
-        num_warps=warps, num_stages=stages,
+    _moe_gate_up_kernel[(num_slots * triton.cdiv(width, columns),)](
+        x, matrices[0], TensorDescriptor.from_tensor(*gate_up) if described and not shared else None,
+        shared[0] if shared else None, hidden, rows, table, num_tokens, x.stride(0), N=columns, K=channels, LIMIT=limit,
+        num_warps=warps, num_stages=stages, **constants,
     )  # fmt: skip
     out = torch.empty((places, hidden_size), dtype=x.dtype, device=x.device)
-    columns, channels, warps, stages = shape.down
-    _moe_down_kernel[(num_tiles * triton.cdiv(hidden_size, columns),)](
-        hidden, matrices[1], shared[1] if shared else None, out, rows, tiles, top_k, num_tokens > 1, num_experts,
-        num_shared, hidden_size, width, shape.rows, columns, channels, num_warps=warps, num_stages=stages,
+    _moe_down_kernel[(num_slots * triton.cdiv(hidden_size, down_columns),)](
+        hidden, matrices[1], TensorDescriptor.from_tensor(*down) if down_described and not shared else None,
+        shared[1] if shared else None, out, rows, table, num_tokens, N=down_columns, K=down_channels,
+        num_warps=down_warps, num_stages=down_stages, **constants,
     )  # fmt: skip
     return out
 
@@ -314,7 +487,7 @@ def moe_experts(
     out = torch.empty((num_tokens, hidden_size), dtype=x.dtype, device=x.device)
     block = min(next_power_of_two(hidden_size), 1024)
     _moe_sum_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        y, weights, out, top_k, hidden_size, block, num_warps=num_warps(block)
+        y, weights, out, top_k, hidden_size, block, num_warps=num_warps(block), **overlap(x.device)
     )
     return out
 

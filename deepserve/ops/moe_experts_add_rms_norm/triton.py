@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
-from deepserve.ops.moe_experts.triton import expert_rows
+from deepserve.ops.moe_experts.triton import MAX_CHOICES, expert_rows
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.silu_mul.triton import silu_mul
 
 MANY_TOKENS = 32  # from here on the shared experts are better off as dense products of their own
@@ -29,7 +30,9 @@ def _moe_sum_add_rms_norm_kernel(
     SHARED: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     token, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     channel = tl.arange(0, BLOCK)
     mask = channel < SIZE
@@ -69,14 +72,15 @@ def moe_experts_add_rms_norm(
     """See spec.py. shared experts are as wide as routed ones, or a multiple."""
     (num_tokens, size), top_k = x.shape, ids.shape[1]
     normed, total = out or (torch.empty((num_tokens, size), dtype=x.dtype, device=x.device) for _ in range(2))
-    apart = num_tokens >= MANY_TOKENS or limit is not None  # the limit is the routed experts'
+    # The limit is the routed experts'.
+    apart = num_tokens >= MANY_TOKENS or ids.numel() > MAX_CHOICES or limit is not None
     dense = silu_mul(x @ shared_gate_up.t()) @ shared_down.t() if apart else None
     y = expert_rows(x, (w_gate_up, w_down), ids, limit, None if apart else (shared_gate_up, shared_down))
     block = next_power_of_two(size)
     num_shared = 0 if apart else shared_down.shape[1] // w_down.shape[2]
     _moe_sum_add_rms_norm_kernel[(num_tokens,)](
         y, dense, weights, residual, norm_weight, normed, total, eps, residual.stride(0), top_k, num_shared, size,
-        block, num_warps=min(2 * num_warps(block), 16),
+        block, num_warps=min(2 * num_warps(block), 16), **overlap(x.device),
     )  # fmt: skip
     return normed, total
 

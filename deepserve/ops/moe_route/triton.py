@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 TILE = 256  # elements of a program, which is one warp: reductions stay within it
 
@@ -33,7 +34,9 @@ def _moe_route_kernel(
     GROUPS_BLOCK: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     TOP_K_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, GROUPS_BLOCK * SIZE_BLOCK)[None, :]
     group, place = lane // SIZE_BLOCK, lane % SIZE_BLOCK
@@ -122,7 +125,7 @@ def route(
         logits, bias, weights, ids, float(factor), num_rows, logits.stride(1), parts, top_k,
         0 if selection == "greedy" else top_k_groups, selection == "group_top2", scoring, renormalize, groups,
         size, rows, next_power_of_two(groups), next_power_of_two(size), next_power_of_two(top_k),
-        num_warps=1,
+        num_warps=1, **overlap(logits.device),
     )  # fmt: skip
     return weights, ids
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.quant_fp8.spec import FLOOR
 
 GROUPS = 16  # a program
@@ -47,7 +48,9 @@ def _quant_fp8_kernel(
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row_groups: tl.constexpr = (SIZE + GROUP - 1) // GROUP
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
     row = group // row_groups
@@ -80,7 +83,7 @@ def quant_fp8(
     largest = torch.finfo(dtype).max
     _quant_fp8_kernel[(triton.cdiv(scales.numel(), GROUPS),)](
         x, x8, scales, scales.numel(), x.stride(0), largest, FLOOR, power_of_two, size, group, GROUPS,
-        num_warps=num_warps(GROUPS * group),
+        num_warps=num_warps(GROUPS * group), **overlap(x.device),
     )  # fmt: skip
     return x8, scales
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import row_tile
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -23,7 +24,9 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     mask = (row < num_rows) & (channel < SIZE)
@@ -44,7 +47,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     rows, block, warps = row_tile(size)
     _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         rows_of, weight, out, eps, num_rows, rows_of.stride(0), rows_of.stride(1), inner, size, rows, block,
-        num_warps=warps,
+        num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return out
 

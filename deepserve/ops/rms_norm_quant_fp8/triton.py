@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.quant_fp8.spec import FLOOR
 from deepserve.ops.quant_fp8.triton import empty_fp8, scale_of, to_fp8
 
@@ -26,7 +27,9 @@ def _rms_norm_quant_fp8_kernel(
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,  # power of two that covers a row's groups
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)[:, None]
     channel = group * GROUP + tl.arange(0, GROUP)[None, :]
@@ -57,7 +60,7 @@ def rms_norm_quant_fp8(
     groups = next_power_of_two(scales.shape[1])
     _rms_norm_quant_fp8_kernel[(num_rows,)](
         x, weight, x8, scales, eps, x.stride(0), torch.finfo(dtype).max, FLOOR, power_of_two, size, group, groups,
-        num_warps=num_warps(groups * group),
+        num_warps=num_warps(groups * group), **overlap(x.device),
     )  # fmt: skip
     return x8, scales
 

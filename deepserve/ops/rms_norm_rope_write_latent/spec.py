@@ -12,7 +12,7 @@ from deepserve.ops.rope.spec import rope
 from deepserve.ops.write_latent.spec import write_latent
 
 
-def _case(num_tokens: int, rank: int, rope_dim: int, interleaved: bool, bench: bool = False) -> Case:
+def make_case(num_tokens: int, rank: int, rope_dim: int, interleaved: bool, bench: bool = False) -> Case:
     """Both inputs are views of one projection's rows, behind q_a's 32 channels."""
 
     def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[torch.Tensor | float | bool, ...]:
@@ -55,10 +55,10 @@ def _cost(
     fused=True,
     writes=("cache",),
     cases=(
-        _case(1, 64, 16, True),
-        _case(7, 100, 24, False),
-        _case(5, 512, 64, True),
-        _case(4096, 512, 64, True, bench=True),
+        make_case(1, 64, 16, True),
+        make_case(7, 100, 24, False),
+        make_case(5, 512, 64, True),
+        make_case(4096, 512, 64, True, bench=True),
     ),
     tolerance=TOLERANCE,
     cost=_cost,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
@@ -27,7 +28,9 @@ def _rms_norm_rope_write_latent_kernel(
     DIM: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,  # power of two that covers DIM / 2
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     entry = cache + tl.load(slot_mapping + token) * (RANK + DIM)
     channel = tl.arange(0, RANK_BLOCK)
@@ -71,6 +74,7 @@ def rms_norm_rope_write_latent(
     _rms_norm_rope_write_latent_kernel[(num_tokens,)](
         latent, weight, eps, k_rope, positions, cos_sin, cache, slot_mapping, latent.stride(0), k_rope.stride(0),
         interleaved, rank, dim, block, next_power_of_two(dim // 2), num_warps=num_warps(block),
+        **overlap(latent.device),
     )  # fmt: skip
     return cache
 

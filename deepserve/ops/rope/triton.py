@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import SMALLEST_TILE, next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
@@ -23,7 +24,9 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,  # power of two that covers DIM / 2
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF_BLOCK)[None, :]
@@ -58,7 +61,7 @@ def rope(
     heads = min(next_power_of_two(num_heads), max(SMALLEST_TILE // (2 * half), 1))
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         x, positions, cos_sin, out, num_heads, x.stride(0), x.stride(1), dim, interleaved, heads, half,
-        num_warps=num_warps(heads * 2 * half),
+        num_warps=num_warps(heads * 2 * half), **overlap(x.device),
     )  # fmt: skip
     return out
 

@@ -8,10 +8,12 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < SIZE
@@ -27,7 +29,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     block = min(next_power_of_two(size), 2048)
     _silu_mul_kernel[(num_rows, triton.cdiv(size, block))](
-        gate_up, out, gate_up.stride(0), size, block, num_warps=num_warps(block)
+        gate_up, out, gate_up.stride(0), size, block, num_warps=num_warps(block), **overlap(gate_up.device)
     )
     return out
 

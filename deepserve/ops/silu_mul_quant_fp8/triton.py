@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.quant_fp8.spec import FLOOR
 from deepserve.ops.quant_fp8.triton import GROUPS, empty_fp8, scale_of, to_fp8
 
@@ -25,7 +26,9 @@ def _silu_mul_quant_fp8_kernel(
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row_groups: tl.constexpr = (SIZE + GROUP - 1) // GROUP
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
     row = group // row_groups
@@ -52,7 +55,7 @@ def silu_mul_quant_fp8(
     x8, scales = out or empty_fp8(num_rows, size, group, dtype, gate_up.device)
     _silu_mul_quant_fp8_kernel[(triton.cdiv(scales.numel(), GROUPS),)](
         gate_up, x8, scales, scales.numel(), gate_up.stride(0), torch.finfo(dtype).max, FLOOR, power_of_two, size,
-        group, GROUPS, num_warps=num_warps(GROUPS * group),
+        group, GROUPS, num_warps=num_warps(GROUPS * group), **overlap(gate_up.device),
     )  # fmt: skip
     return x8, scales
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from deepserve.ops.launch import SMALLEST_TILE, next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
@@ -25,7 +26,9 @@ def _write_kv_kernel(
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
@@ -46,7 +49,7 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping
     heads = min(next_power_of_two(num_heads), max(SMALLEST_TILE // block, 1))
     _write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         k, v, cache, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.shape[2], num_heads, dim,
-        heads, block, num_warps=num_warps(heads * block),
+        heads, block, num_warps=num_warps(heads * block), **overlap(k.device),
     )  # fmt: skip
     return cache
 

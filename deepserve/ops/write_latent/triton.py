@@ -8,10 +8,14 @@ import triton.language as tl
 
 from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 
 @triton.jit
-def _write_latent_kernel(latent, cache, slot_mapping, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _write_latent_kernel(
+    latent, cache, slot_mapping, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     slot = tl.load(slot_mapping + token)
@@ -24,8 +28,9 @@ def write_latent(latent: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.
     num_tokens, width = latent.shape
     block = next_power_of_two(width)
     _write_latent_kernel[(num_tokens,)](
-        latent, cache, slot_mapping, latent.stride(0), width, block, num_warps=num_warps(block)
-    )
+        latent, cache, slot_mapping, latent.stride(0), width, block, num_warps=num_warps(block),
+        **overlap(latent.device),
+    )  # fmt: skip
     return cache
 
 
