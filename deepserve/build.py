@@ -19,7 +19,7 @@ from deepserve.engine.engine import Engine
 from deepserve.engine.executor import Executor
 from deepserve.graph.bind import BoundGraph, bind
 from deepserve.graph.dense import make_dense
-from deepserve.graph.pieces import BoundPiece, bind_pieces
+from deepserve.graph.pieces import BoundPiece, beside_attention, bind_pieces
 from deepserve.graph.rewrite import rewrite
 from deepserve.graph.show import count_ops
 from deepserve.graph.trace import trace
@@ -104,7 +104,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     OVERLAP.on, OVERLAP.count = plan.optimizations["overlapped_launches"], 0
     with phase("graph"):
         packed: dict[Any, Any] = {}
-        (forward, logits, *mtp), counters, graph = _bind(plan, model, packed, recorders)
+        (forward, logits, *mtp), counters = _bind(plan, model, packed, recorders)
         dense = _bind_dense(plan, model, packed, recorders) if plan.optimizations["skip_indexer"] else None
         in_fp8 = Counter(spec.kind for spec in specs if spec.dtype == "bytes")
         counters.update(fp8_kv_cache=in_fp8["mla_latent"], fp8_index_keys=in_fp8["index_keys"])
@@ -127,7 +127,7 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
             runner.forward = _record_steps(plan, runner.forward, counters)
     elif padding:
         with phase("graphs"), capturing(str(plan.graphs), plan.memory.graph_bytes):
-            pieces = bind_pieces(graph, _kernels(plan, graph, recorders), packed) if plan.graphs.pieces else []
+            pieces = _bind_pieces(plan, model, packed, recorders) if plan.graphs.pieces else []
             runner.forward = _record_graphs(plan, runner.forward, pieces, counters)
     counters["overlapped_launches"] = OVERLAP.count
     total = sum(phase.seconds.values())
@@ -220,9 +220,9 @@ def _proposer(
 
 def _bind(
     plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders
-) -> tuple[list[BoundGraph], Counter[str], fx.GraphModule]:
-    """Forward and logits of the model, and of its MTP layer if it has one, with the plan's kernels, the counters that
-    prove what is in these graphs, and the first graph."""
+) -> tuple[list[BoundGraph], Counter[str]]:
+    """Forward and logits of the model, and of its MTP layer if it has one, with the plan's kernels, and the counters
+    that prove what is in these graphs."""
     parts = [model] if model.mtp is None else [model, model.mtp]
     graphs = [trace(part, method) for part in parts for method in ("forward", "logits")]
     fired = [rewrite(graph, plan.fusions) for graph in graphs]
@@ -236,7 +236,7 @@ def _bind(
         elif row.kernels:
             counters[row.name] = sum(count for op, count in calls.items() if plan.kernels[op] in row.kernels)
     counters["fp8_linear"] = calls["linear_fp8_block"]
-    return [_bound(plan, graph, packed, recorders) for graph in graphs], counters, graphs[0]
+    return [_bound(plan, graph, packed, recorders) for graph in graphs], counters
 
 
 def _bind_dense(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders) -> BoundGraph:
@@ -245,6 +245,13 @@ def _bind_dense(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: R
     make_dense(graph)
     rewrite(graph, plan.fusions)
     return _bound(plan, graph, packed, recorders)
+
+
+def _bind_pieces(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders) -> list[BoundPiece]:
+    """The model's forward once more, in pieces."""
+    graph = trace(model)
+    rewrite(graph, beside_attention(plan.fusions))
+    return bind_pieces(graph, _kernels(plan, graph, recorders), packed)
 
 
 def _bound(plan: Plan, graph: fx.GraphModule, packed: dict[Any, Any], recorders: Recorders) -> BoundGraph:

@@ -126,10 +126,10 @@ def _fusion(op: str, sentence: str, *requires: str) -> Row:
     )
 
 
-def _graphs(name: str, sentence: str, counter: str) -> Row:
+def _graphs(name: str, counter: str, sentence: str, requires: str = "triton_kernels", **more: Any) -> Row:
     return Row(
-        name, sentence, "tolerance", counter, needs=_recordable, requires=("triton_kernels",), excludes=_HOST_LENGTHS,
-        replays=True, field="cudagraph_mode", means_on=lambda mode: name in MODES[mode],
+        name, sentence, "tolerance", counter, needs=_recordable, requires=(requires,), excludes=_HOST_LENGTHS,
+        replays=True, field="cudagraph_mode", means_on=lambda mode: name in MODES[mode], **more,
     )  # fmt: skip
 
 
@@ -192,23 +192,21 @@ TABLE = (
     ),
     _graphs(
         "cuda_graphs",
-        "Steps in which every request computes one token are recorded, once for each padded size, and replayed.",
         "steps that were replayed",
+        "Steps in which every request computes one token are recorded, once for each padded size, and replayed.",
     ),
     _graphs(
         "piecewise_graphs",
-        "What lies between two attentions is recorded, once for each padded number of tokens, and replayed.",
         "steps that were replayed in pieces",
+        "What lies between two attentions is recorded, once for each padded number of tokens, and replayed.",
     ),
-    replace(
-        _graphs(
-            "mixed_graphs",
-            "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a "
-            "prompt then reads its whole context.",
-            "mixed steps that were replayed",
-        ),
+    _graphs(
+        "mixed_graphs",
+        "mixed steps that were replayed",
+        "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a prompt "
+        "then reads its whole context.",
+        "cuda_graphs",
         default="off",
-        requires=("cuda_graphs",),
         covers=("piecewise_graphs",),
     ),
     Row(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from deepserve.graph.bind import BoundGraph, bind
+from deepserve.ops.load import load_op
 from deepserve.ops.op import Kernel, Op
 
 ROWS = ("token_ids", "positions", "slot_mapping")  # of a batch: what a piece may read
@@ -42,6 +43,12 @@ class BoundPiece:
     outputs: tuple[str, ...]
     attends: bool
     takes_out: bool
+
+
+def beside_attention(fusions: Collection[str]) -> set[str]:
+    """Those of the fused ops that do not look at the batch: of an op that attends, as little as can be is to be one, as
+    it is not recorded."""
+    return {name for name in fusions if "batch" not in load_op(name).parameters}
 
 
 def bind_pieces(
@@ -101,12 +108,12 @@ class _Cut:
         made, own, attends = fx.Graph(), set(run), self._attends(run[0])
         copies = {self._batch: made.placeholder("batch")}
         outside = (one for node in run for one in node.all_input_nodes if one not in own)
-        needed = dict.fromkeys(map(_cache_of, outside))
+        needed = dict.fromkeys(map(self._cache_of, outside))
         inputs = [node for node in needed if node not in self._free and node is not self._batch]
         copies |= {node: made.placeholder(node.name) for node in inputs}
 
         def copy(node: fx.Node) -> fx.Node:
-            node = node if node in own else _cache_of(node)
+            node = node if node in own else self._cache_of(node)
             if node not in copies:
                 self._check(node, attends)
                 copies[node] = made.node_copy(node, copy)
@@ -114,7 +121,7 @@ class _Cut:
 
         for node in run:
             copy(node)
-        outputs = [node for node in run if _cache_of(node) is node and any(user not in own for user in node.users)]
+        outputs = [node for node in run if self._cache_of(node) is node and any(user not in own for user in node.users)]
         made.output(copies[outputs[0]] if attends else tuple(copies[node] for node in outputs))
         module = fx.GraphModule(self._model, made)
         module.meta["model"] = self._model
@@ -142,11 +149,10 @@ class _Cut:
         if not attends and node.target is getattr and node.args[1] not in ROWS:
             raise ValueError(f"between two attentions batch.{node.args[1]} is read, which is none of {', '.join(ROWS)}")
 
-
-def _cache_of(node: fx.Node) -> fx.Node:
-    """The cache that an op returns once it has written to it; any other node as it is."""
-    op = node.target
-    if not isinstance(op, Op) or len(op.writes) != 1:
-        return node
-    source = node.args[op.parameters.index(op.writes[0])]
-    return _cache_of(source) if isinstance(source, fx.Node) else node
+    def _cache_of(self, node: fx.Node) -> fx.Node:
+        """The cache that an op returns once it has written to it; any other node as it is."""
+        op = node.target
+        if not isinstance(op, Op) or len(op.writes) != 1 or self._attends(node):
+            return node
+        source = node.args[op.parameters.index(op.writes[0])]
+        return self._cache_of(source) if isinstance(source, fx.Node) else node

@@ -21,7 +21,7 @@ from deepserve import LLM, SamplingParams
 from deepserve.architecture import load_architecture
 from deepserve.errors import AskError
 from deepserve.graph.bind import bind
-from deepserve.graph.pieces import bind_pieces, split
+from deepserve.graph.pieces import beside_attention, bind_pieces, split
 from deepserve.graph.rewrite import fused_ops, rewrite
 from deepserve.graph.show import count_ops
 from deepserve.graph.trace import trace
@@ -108,7 +108,7 @@ def model(request, tmp_path_factory) -> Decoder:
 
 def rewritten(model: Decoder):
     graph = trace(model)
-    rewrite(graph, {name for name in fused_ops() if "fp8" not in name})
+    rewrite(graph, beside_attention({name for name in fused_ops() if "fp8" not in name}))
     kernels = {op: load_kernel(op, "reference") for op in count_ops(graph)}
     return graph, kernels | {op: on_device(op, True) for op in ATTENTION if op in kernels}
 
@@ -225,6 +225,18 @@ def test_pieces_alternate_and_say_what_crosses(model) -> None:
         assert len(piece.outputs) <= 3  # the residual, and one or two of queries
         assert not ahead.attends or set(ahead.inputs) <= set(piece.outputs)
     assert sum(len(count_ops(piece.graph)) for piece in pieces if piece.attends) == len(model.layers)
+
+
+def test_an_attention_that_does_more_is_a_piece_too(model) -> None:
+    graph = trace(model)
+    before = count_ops(graph)
+    fusions = {name for name in fused_ops() if "batch" in load_op(name).parameters}
+    assert beside_attention({*fusions, "add_rms_norm"}) == {"add_rms_norm"}
+    rewrite(graph, fusions)
+    pieces = split(graph)
+    assert [piece.attends for piece in pieces] == [False, True] * len(model.layers) + [False]
+    assert all(len(piece.outputs) == 1 for piece in pieces if piece.attends)
+    assert count_ops(graph) == before or fusions
 
 
 def test_a_piece_may_read_rows_only() -> None:
