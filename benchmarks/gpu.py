@@ -43,7 +43,6 @@ def main() -> None:
     llm = LLM(workload["model"], **config)
     stamp = _stamp(llm, config) | {"start_s": round(time.perf_counter() - start, 1)}
     print(f"start to ready: {stamp['start_s']} s")
-    compiled = _count_compilations()
     for cell in cells:
         row = measure(llm, cell, asked.repeats)
         print(
@@ -55,7 +54,7 @@ def main() -> None:
             asked.append.parent.mkdir(parents=True, exist_ok=True)
             with asked.append.open("a") as lines:
                 lines.write(json.dumps(row | stamp) + "\n")
-    print(f"kernels compiled after the start: {len(compiled)} {compiled}")
+    print(f"kernels compiled after the start: {llm.engine.counters['kernels_compiled_while_serving']}")
     print({name: count for name, count in llm.engine.counters.items() if count})
 
 
@@ -76,19 +75,6 @@ def measure(llm, cell: dict, repeats: int) -> dict:
             values.append(cell["requests"] * cell[cell["measure"]] / elapsed)
     value = statistics.median(values)
     return {**cell, "value": value, "values": [round(one, 1) for one in values], "ratio": value / cell["peer"]}
-
-
-def _count_compilations() -> list[str]:
-    """Grows with the name of every Triton kernel that is compiled, or loaded from the disk, from now on."""
-    import triton
-
-    names: list[str] = []
-
-    def note(*args: object, **kwargs: dict) -> None:
-        names.append(str(getattr(kwargs.get("fn"), "name", kwargs.get("key", "?")))[:60])
-
-    triton.knobs.runtime.jit_post_compile_hook = note
-    return names
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -19,6 +19,7 @@ from deepserve.engine.engine import Engine
 from deepserve.engine.executor import Executor
 from deepserve.graph.bind import BoundGraph, bind
 from deepserve.graph.dense import make_dense
+from deepserve.graph.pieces import BoundPiece, beside_attention, bind_pieces
 from deepserve.graph.rewrite import rewrite
 from deepserve.graph.show import count_ops
 from deepserve.graph.trace import trace
@@ -32,13 +33,18 @@ from deepserve.models.decoder import Decoder
 from deepserve.models.registry import build_model
 from deepserve.models.weights import fill_dummy, load_weights
 from deepserve.ops.launch import OVERLAP
+from deepserve.ops.op import Kernel
 from deepserve.optimizations import TABLE
 from deepserve.plan import Plan
+from deepserve.recording.kernels import CompiledKernels
 from deepserve.recording.recorders import Recorders
+from deepserve.runner.capture import CudaRecorder, capturing
 from deepserve.runner.dense import DenseWhereShort
-from deepserve.runner.graphs import BatchLimits, DecodeGraphs
+from deepserve.runner.graphs import DecodeGraphs, Forward, MixedGraphs
 from deepserve.runner.model_runner import ModelRunner
-from deepserve.runner.recorded import RecordedSteps
+from deepserve.runner.padding import BatchLimits
+from deepserve.runner.pieces import PiecewiseGraphs
+from deepserve.runner.recorded import RecordedSteps, TapeRecorder
 from deepserve.runner.rings import RingCopier
 from deepserve.runner.slots import Slots
 from deepserve.runner.warm_up import KERNEL_TOKENS, NUM_TOKENS, warm_up
@@ -53,7 +59,6 @@ from deepserve.speculation import Speculation
 
 log = get_logger(__name__)
 
-GRAPHS = (DecodeGraphs, RecordedSteps)
 OnPhase = Callable[[str, float], None]  # name of a phase that is over, and its seconds
 
 
@@ -81,13 +86,14 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     plan.refuse_blockers()
     phase = _Phases(on_phase)
     device = torch.device(plan.device)
+    compiled = CompiledKernels() if plan.device == "cuda" else None
     if plan.device == "cpu":
         _set_threads(plan.num_threads)
     model = _load_model(plan, device, phase)
     with phase("kv cache"):
         specs = cache_specs(plan.architecture, plan.dtype, plan.num_drafts, plan.with_mtp)
         # A block and a ring that padding rows and steps that are being recorded write to.
-        padding = int(any(plan.optimizations[kind.row] for kind in GRAPHS))
+        padding = int(bool(plan.graphs.whole or plan.graphs.pieces))
         num_blocks, num_rings = plan.num_blocks + padding, plan.memory.num_rings + padding
         tensors = allocate(specs, num_blocks, plan.block_size, device, num_rings)
         place(specs, tensors, model.attention_caches)
@@ -116,19 +122,50 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
             runner.forward = dense
             warm_up(runner, num_tokens)
             runner.forward = DenseWhereShort(dense, forward, _dense_length(plan), counters)
-    for kind in (kind for kind in GRAPHS if plan.optimizations[kind.row]):
-        limits = BatchLimits(plan.block_size, plan.max_model_len, plan.num_blocks, plan.memory.num_rings)
-        graphs = kind(runner.forward, kind.choose_sizes(plan.max_num_seqs), limits, device, counters)
-        with phase(kind.row):
-            graphs.capture()
-        runner.forward = graphs
+    if plan.optimizations["recorded_steps"]:
+        with phase("recorded steps"):
+            runner.forward = _record_steps(plan, runner.forward, counters)
+    elif padding:
+        with phase("graphs"), capturing(str(plan.graphs), plan.memory.graph_bytes):
+            pieces = _bind_pieces(plan, model, packed, recorders) if plan.graphs.pieces else []
+            runner.forward = _record_graphs(plan, runner.forward, pieces, counters)
     counters["overlapped_launches"] = OVERLAP.count
     total = sum(phase.seconds.values())
     log.info("init engine (load model, create kv cache, bind graph, warmup model) took %.2f s", total)
     executor = Executor(runner, plan.async_depth)
     engine = Engine(_scheduler(plan), executor, RequestLimits.of(plan), counters, grammars)
     recorders.start(engine, runner)
+    if compiled is not None:
+        compiled.start(counters)
     return engine
+
+
+def _record_steps(plan: Plan, forward: Forward, counters: Counter[str]) -> Forward:
+    """The forward of a CPU, with its small decode steps replayed."""
+    steps = RecordedSteps(
+        forward, forward, plan.graphs.whole, _limits(plan), TapeRecorder(), counters, torch.device(plan.device)
+    )
+    steps.capture()
+    return steps
+
+
+def _record_graphs(plan: Plan, forward: Forward, pieces: list[BoundPiece], counters: Counter[str]) -> Forward:
+    """The forward of a GPU, with what the plan records of it replayed."""
+    device, limits, rest = torch.device(plan.device), _limits(plan), forward
+    recorder = CudaRecorder(device)
+    if plan.optimizations["piecewise_graphs"]:
+        rest = PiecewiseGraphs(forward, pieces, plan.graphs.pieces, limits, recorder, counters, device)
+        rest.capture()
+    if plan.optimizations["cuda_graphs"]:
+        rest = DecodeGraphs(forward, rest, plan.graphs.whole, limits, recorder, counters, device)
+        rest.capture()
+        if plan.optimizations["mixed_graphs"]:
+            rest = MixedGraphs(rest, counters)
+    return rest
+
+
+def _limits(plan: Plan) -> BatchLimits:
+    return BatchLimits(plan.block_size, plan.max_model_len, plan.num_blocks, plan.memory.num_rings)
 
 
 def _load_model(plan: Plan, device: torch.device, phase: _Phases) -> Decoder:
@@ -208,5 +245,16 @@ def _bind_dense(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: R
     return _bound(plan, graph, packed, recorders)
 
 
+def _bind_pieces(plan: Plan, model: Decoder, packed: dict[Any, Any], recorders: Recorders) -> list[BoundPiece]:
+    """The model's forward once more, in pieces."""
+    graph = trace(model)
+    rewrite(graph, beside_attention(plan.fusions))
+    return bind_pieces(graph, _kernels(plan, graph, recorders), packed)
+
+
 def _bound(plan: Plan, graph: fx.GraphModule, packed: dict[Any, Any], recorders: Recorders) -> BoundGraph:
-    return bind(graph, {op: recorders.load(op, plan.kernels[op]) for op in count_ops(graph)}, packed)
+    return bind(graph, _kernels(plan, graph, recorders), packed)
+
+
+def _kernels(plan: Plan, graph: fx.GraphModule, recorders: Recorders) -> dict[str, Kernel]:
+    return {op: recorders.load(op, plan.kernels[op]) for op in count_ops(graph)}

@@ -8,7 +8,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from deepserve import speculation
+from deepserve import compilation, speculation
 from deepserve.errors import AskError
 
 
@@ -104,7 +104,17 @@ class Config:
         "fcfs", "scheduling", "order of waiting requests", choices=("fcfs", "priority"), flags=("--schedule-policy",)
     )
     async_scheduling: bool | None = _knob(None, "scheduling", "schedule a step while the one before it runs")
-    cuda_graphs: bool | None = _knob(None, "scheduling", "record steps of one token a request, and replay them")
+    cudagraph_mode: str | None = _knob(
+        None,
+        "scheduling",
+        "which steps are recorded and replayed: those of one token a request (FULL_DECODE_ONLY), mixed ones too "
+        "(FULL), any in pieces between attentions (PIECEWISE); FULL_AND_PIECEWISE where it can be",
+        choices=tuple(compilation.MODES),
+    )
+    cudagraph_capture_sizes: tuple[int, ...] = _knob(
+        (), "scheduling", "sizes that are recorded, in rows and in tokens; the plan's own otherwise", low=1
+    )
+    max_cudagraph_capture_size: int | None = _knob(None, "scheduling", "the largest of the plan's own sizes", low=1)
     speculative_config: dict[str, Any] | None = dataclasses.field(
         default=None,
         metadata={
@@ -156,6 +166,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
             value = _settle(name, getattr(self, name), kind)
+            if name == "cudagraph_mode" and value is not None:
+                value = value.upper()
             object.__setattr__(self, name, value)
             _check_range(name, value, knobs()[name])
         object.__setattr__(self, "speculative_config", speculation.settle(self.speculative_config or {}) or None)
@@ -197,9 +209,11 @@ def _settle(name: str, value: Any, kind: Any) -> Any:
             return None
         raise AskError("is None", field=name, hint="leave it out for the default")
     if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
-            raise AskError(f"is {value!r}, expected texts", field=name)
+        of_integers = get_args(kind)[0] is int
+        items = [value] if isinstance(value, int if of_integers else str) else value
+        fits = _is_integer if of_integers else _is_text
+        if not isinstance(items, list | tuple) or not all(map(fits, items)):
+            raise AskError(f"is {value!r}, expected {'integers' if of_integers else 'texts'}", field=name)
         return tuple(items)
     if get_origin(kind) is dict:
         inner = str if get_args(kind)[1] is str else object
@@ -215,9 +229,20 @@ def _settle(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+def _is_integer(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str) and item != ""
+
+
 def _check_range(name: str, value: Any, knob: Knob) -> None:
-    if knob.choices and value not in knob.choices:
+    if knob.choices and value is not None and value not in knob.choices:
         raise AskError(f"is {value!r}", field=name, hint=f"one of {', '.join(knob.choices)}")
+    if isinstance(value, tuple):
+        for item in value:
+            _check_range(name, item, knob)
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not (knob.low is None or value >= knob.low) or not (knob.high is None or value <= knob.high):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from deepserve.build import build_engine
 from deepserve.chat.chat import Chat
 from deepserve.chat.conversation import Conversation, read_messages, read_tools
 from deepserve.chat.reader import ReplyReader
+from deepserve.engine.garbage import Garbage
 from deepserve.errors import AskError
 from deepserve.facts import gather_facts
 from deepserve.log import get_logger
@@ -145,10 +145,9 @@ class LLM:
                     rank = priority[index] if priority else 0
                     output = self._submit(text, ids, params[index], rank, jobs, new_readers[index])
                 outputs.append(output)
-            gc.freeze()  # a collection between steps need not look at all that was there before them
-            self._drive(jobs, Progress(len(prompts)) if use_tqdm else None)
+            with Garbage() as garbage:
+                self._drive(jobs, Progress(len(prompts)) if use_tqdm else None, garbage)
         finally:
-            gc.unfreeze()
             self.engine.abort([request_id for request_id, job in jobs.items() if not job.output.finished])
         _warn_of_short_answers(params, outputs)
         return outputs
@@ -212,7 +211,7 @@ class LLM:
             output.outputs.append(answer)
         return output
 
-    def _drive(self, jobs: dict[str, _Answer], progress: Progress | None) -> None:
+    def _drive(self, jobs: dict[str, _Answer], progress: Progress | None, garbage: Garbage) -> None:
         """Steps the engine until every answer is finished."""
         num_unfinished = len(jobs)
         while num_unfinished:
@@ -226,6 +225,7 @@ class LLM:
                         self.engine.abort([delta.request_id])
                     if progress is not None and job.request.finished:
                         progress.add(job.request)
+            garbage.sweep()
         if progress is not None:
             progress.close()
 

@@ -131,6 +131,7 @@ class EngineStats:
     step_time: float  # seconds, schedule to publish
     time: float  # time.time of the snapshot: the heartbeat
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    num_compiled_kernels: int = 0  # since the start was over
 
 
 @dataclass(slots=True)

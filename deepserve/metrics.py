@@ -1,4 +1,5 @@
-"""What is measured, by vLLM's names, labels and buckets, so that dashboards made for vLLM show data. No torch.
+"""What is measured, by vLLM's names, labels and buckets, so that dashboards made for vLLM show data; what vLLM does not
+measure is called deepserve:*. No torch.
 
 Times are in seconds. Every metric has the labels model_name and engine, then its own.
 """
@@ -52,6 +53,9 @@ ENGINE_METRICS = {
     "drafts.num_accepted_by_position": Metric(
         "vllm:spec_decode_num_accepted_tokens_per_pos", "counter", "The same by position in their row, from 0.",
         ("position",),
+    ),
+    "num_compiled_kernels": Metric(
+        "deepserve:kernels_compiled_while_serving", "counter", "Triton kernels that a step had to wait for."
     ),
 }  # fmt: skip
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deepserve.architecture import Gqa, Mla
+from deepserve import conditions
+from deepserve.compilation import MODES
 from deepserve.config import Config
 from deepserve.errors import AskError, did_you_mean
 from deepserve.facts import Facts
-from deepserve.kv_cache.spec import no_fp8
 
 EXACTNESS = {
     "bitwise": "the same bits",
@@ -48,71 +48,6 @@ class Row:
     means_on: Callable[[Any], bool] = bool
 
 
-def _an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
-    return None if facts.architecture.quantization else "the checkpoint's weights are not FP8"
-
-
-def _latent_attention(facts: Facts, dtype: str) -> str | None:
-    return None if isinstance(facts.architecture.attention, Mla) else "the model has no latent attention"
-
-
-def _fp8_entries(facts: Facts, dtype: str) -> str | None:
-    return no_fp8(facts.architecture.attention)
-
-
-def _an_indexer(facts: Facts, dtype: str) -> str | None:
-    attention = facts.architecture.attention
-    if isinstance(attention, Gqa) or attention.indexer is None:
-        return "no indexer chooses what its attention sees"
-    return None
-
-
-def _an_indexer_to_transform(facts: Facts, dtype: str) -> str | None:
-    attention = facts.architecture.attention
-    if not isinstance(attention, Mla) or attention.indexer is None:
-        return "no indexer chooses among its tokens"
-    if (dim := attention.indexer.head_dim) & (dim - 1):
-        return f"a Hadamard transform needs a power of two, and index heads have {dim} channels"
-    return None
-
-
-def _experts(facts: Facts, dtype: str) -> str | None:
-    return None if facts.architecture.moe else "the model has no experts"
-
-
-def _experts_and_residual(facts: Facts, dtype: str) -> str | None:
-    moe, attention = facts.architecture.moe, facts.architecture.attention
-    if moe is None or not moe.num_shared_experts or not isinstance(attention, Gqa | Mla):
-        return "no layer adds routed and shared experts to one residual stream"
-    return None
-
-
-def _recordable(facts: Facts, dtype: str) -> str | None:
-    """Kernels that look at lengths on the host, or wait for the device, cannot be recorded."""
-    if facts.hardware.device == "cpu":
-        return f"{facts.hardware.name} has no graphs"
-    return _no_lengths_on_the_host(facts)
-
-
-def _launches_that_overlap(facts: Facts, dtype: str) -> str | None:
-    hardware = facts.hardware
-    overlaps = hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) >= 90
-    return None if overlaps else f"needs an NVIDIA GPU from Hopper on, and {hardware.name} is none"
-
-
-def _replayable(facts: Facts, dtype: str) -> str | None:
-    if facts.hardware.device != "cpu":
-        return "steps of a GPU are recorded by its own graphs"
-    return _no_lengths_on_the_host(facts)
-
-
-def _no_lengths_on_the_host(facts: Facts) -> str | None:
-    attention = facts.architecture.attention
-    if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
-        return None
-    return "the attention's kernels look at lengths on the host"
-
-
 FP8_CACHES = ("fp8", "fp8_e4m3")  # spellings of kv_cache_dtype
 _HOST_LENGTHS = (("fp8_kv_cache", "its attention looks at lengths on the host"),)  # in each of its kernels
 _PACKED = "packed_linear or native_kernels"
@@ -123,6 +58,13 @@ def _fusion(op: str, sentence: str, *requires: str) -> Row:
     return Row(
         f"fusion_{op}", sentence, "tolerance", "places in the graph where it was put in", requires=requires, fuses=op
     )
+
+
+def _graphs(name: str, counter: str, sentence: str, requires: str = "triton_kernels", **more: Any) -> Row:
+    return Row(
+        name, sentence, "tolerance", counter, needs=conditions.recordable, requires=(requires,), excludes=_HOST_LENGTHS,
+        replays=True, field="cudagraph_mode", means_on=lambda mode: name in MODES[mode], **more,
+    )  # fmt: skip
 
 
 TABLE = (
@@ -163,7 +105,7 @@ TABLE = (
         "accuracy",
         "caches of latents in FP8",
         default="off",
-        needs=_fp8_entries,
+        needs=conditions.fp8_entries,
         field="kv_cache_dtype",
         means_on=FP8_CACHES.__contains__,
     ),
@@ -179,19 +121,27 @@ TABLE = (
         "A kernel is launched, and loads its weights, while the one before it ends (programmatic dependent launch).",
         "bitwise",
         "kernels that were launched so, while the engine was built",
-        needs=_launches_that_overlap,
+        needs=conditions.launches_that_overlap,
         requires=("triton_kernels",),
     ),
-    Row(
+    _graphs(
         "cuda_graphs",
-        "Steps in which every request computes one token are recorded, once for each padded size, and replayed.",
-        "tolerance",
         "steps that were replayed",
-        replays=True,
-        needs=_recordable,
-        requires=("triton_kernels",),
-        excludes=_HOST_LENGTHS,
-        field="cuda_graphs",
+        "Steps in which every request computes one token are recorded, once for each padded size, and replayed.",
+    ),
+    _graphs(
+        "piecewise_graphs",
+        "steps that were replayed in pieces",
+        "What lies between two attentions is recorded, once for each padded number of tokens, and replayed.",
+    ),
+    _graphs(
+        "mixed_graphs",
+        "mixed steps that were replayed",
+        "Mixed steps replay whole too, each token as a row of its own: for short ones, since every token of a prompt "
+        "then reads its whole context.",
+        "cuda_graphs",
+        default="off",
+        covers=("piecewise_graphs",),
     ),
     Row(
         "cpu_kernels",
@@ -221,7 +171,7 @@ TABLE = (
         "bitwise",
         "steps that were replayed",
         replays=True,
-        needs=_replayable,
+        needs=conditions.replayable,
         requires=("native_kernels",),
         excludes=_HOST_LENGTHS,
     ),
@@ -231,14 +181,14 @@ TABLE = (
         "accuracy",
         "linear layers with FP8 weights",
         default="off",
-        needs=_an_fp8_checkpoint,
+        needs=conditions.an_fp8_checkpoint,
     ),
     Row(
         "skip_indexer",
         "A step whose requests are no longer than top-k is computed dense: nothing is scored, chosen or gathered.",
         "tolerance",
         "steps that were computed dense",
-        needs=_an_indexer,
+        needs=conditions.an_indexer,
     ),
     Row(
         "fp8_index_keys",
@@ -246,7 +196,7 @@ TABLE = (
         "accuracy",
         "caches of index keys in FP8",
         default="off",
-        needs=_an_indexer_to_transform,
+        needs=conditions.an_indexer_to_transform,
     ),
     _fusion("add_rms_norm", "The residual addition and the norm that follows it are one pass, across layers too."),
     replace(
@@ -260,7 +210,7 @@ TABLE = (
     _fusion("linear_silu_mul", "The gated activation is applied to the sums of its projections.", _PACKED),
     replace(
         _fusion("rms_norm_rope_write_latent", "A token's latent is normalised, rotated and cached in one pass."),
-        needs=_latent_attention,
+        needs=conditions.latent_attention,
         excludes=(("fp8_kv_cache", "latents go into bytes, and that fusion is another"),),
     ),
     _fusion(
@@ -274,7 +224,7 @@ TABLE = (
             "In steps of a few tokens all that comes before latent attention is one kernel.",
             "triton_kernels",
         ),
-        needs=_latent_attention,
+        needs=conditions.latent_attention,
         excludes=(("fp8_kv_cache", "its attention and its cache entries are other ops"),),
         covers=("fusion_rms_norm_rope_write_latent",),
     ),
@@ -282,7 +232,7 @@ TABLE = (
         _fusion(
             "linear_moe_route", "A router and its projection in at most two kernels, with nothing cast.", _COMPILED
         ),
-        needs=_experts,
+        needs=conditions.experts,
     ),
     replace(
         _fusion(
@@ -290,7 +240,7 @@ TABLE = (
             "Routed and shared experts share two products; one pass weighs, sums, adds the residual and normalises.",
             _COMPILED,
         ),
-        needs=_experts_and_residual,
+        needs=conditions.experts_and_residual,
         covers=("fusion_add_rms_norm",),
     ),
     replace(
@@ -299,7 +249,7 @@ TABLE = (
             "In steps of a few tokens the router's product is computed beside the first one of the shared experts.",
             "triton_kernels",
         ),
-        needs=_experts_and_residual,
+        needs=conditions.experts_and_residual,
         covers=("fusion_linear_moe_route", "fusion_moe_experts_add_rms_norm", "fusion_add_rms_norm"),
     ),
     _fusion("rms_norm_quant_fp8", "A norm and the FP8 quantisation of its result are one pass.", "fp8_linear"),

@@ -9,11 +9,13 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from deepserve import compilation
 from deepserve.config import Config, knobs
 from deepserve.errors import AskError
 
 _PROMPTS = "the prompt format, tools and reasoning follow the checkpoint"
-_COMPILER = "there is no compiler; steps are recorded for sizes up to --max-num-seqs, or not at all: --no-cuda-graphs"
+_COMPILER = f"{compilation.NO_COMPILER}; --cudagraph-mode says which steps are recorded"
+_SIZES = "the plan chooses sizes up to --max-num-seqs; --cudagraph-capture-sizes overrides them"
 _KERNELS = "the plan chooses kernels from its own table; --kernels overrides it"
 _ONE_DEVICE = "one process drives one device"
 _TEXT = "only text is served"
@@ -26,14 +28,11 @@ NO_EFFECT: dict[str, tuple[int | str, str]] = {
     "--reasoning-parser": (1, _PROMPTS),
     "--enable-auto-tool-choice": (0, _PROMPTS),
     "--chat-template-content-format": (1, _PROMPTS),
-    "--compilation-config": (1, _COMPILER),
     "--optimization-level": (1, _COMPILER),
     "--performance-mode": (1, _COMPILER),
-    "--cudagraph-capture-sizes": ("+", _COMPILER),
-    "--max-cudagraph-capture-size": (1, _COMPILER),
-    "--cuda-graph-max-bs": (1, _COMPILER),
-    "--cuda-graph-bs": ("+", _COMPILER),
-    "--cudagraph-mode": (1, _COMPILER),
+    "--cuda-graph-max-bs": (1, _SIZES),
+    "--cuda-graph-bs": ("+", _SIZES),
+    "--no-enforce-eager": (0, "steps are recorded where they can be"),
     "--level": (1, _COMPILER),
     "--attention-backend": (1, _KERNELS),
     "--attention-config": (1, _KERNELS),
@@ -80,7 +79,7 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
     "--nnodes": (1, ("1",), f"serving on several hosts {_NOT_BUILT}"),
 }
 
-# the same thing under another name: flag -> flag here, with the key inside it
+# the same thing under another name: flag -> flag here, with the key inside it, or with its value
 SAME = {
     "-pp": "--pipeline-parallel-size",
     "--pp": "--pipeline-parallel-size",
@@ -107,8 +106,10 @@ SAME = {
     "--enable-radix-cache": "--enable-prefix-caching",
     "--disable-radix-cache": "--no-enable-prefix-caching",
     "--disable-overlap-schedule": "--no-async-scheduling",
-    "--enforce-eager": "--no-cuda-graphs",
-    "--disable-cuda-graph": "--no-cuda-graphs",
+    "--enforce-eager": "--cudagraph-mode=NONE",
+    "--disable-cuda-graph": "--cudagraph-mode=NONE",
+    "--no-cuda-graphs": "--cudagraph-mode=NONE",
+    "--cuda-graphs": "--cudagraph-mode=FULL_AND_PIECEWISE",
 }
 
 # a similar thing: flag -> what to look at
@@ -153,14 +154,20 @@ def config_of(**asked: Any) -> tuple[Config, list[str]]:
 
     None asks for nothing. AskError for what is unknown or refused, with what it is called here.
     """
+    graphs, lines = compilation.read(asked.pop(compilation.FIELD, None))
     fields: dict[str, Any] = {}
     inside: dict[str, dict[str, Any]] = {}  # keys of fields that are JSON objects
-    lines = []
     alike = {other: name for name, knob in knobs().items() for other in knob.flags}
     for name, value in asked.items():
         spelled = flag(name)
-        spelled, _, key = SAME.get(spelled, spelled).partition(".")
-        if key:
+        if value is False and f"--no-{spelled[2:]}" in SAME:
+            spelled, value = f"--no-{spelled[2:]}", True
+        spelled, _, fixed = SAME.get(spelled, spelled).partition("=")
+        spelled, _, key = spelled.partition(".")
+        if fixed:
+            if value:
+                graphs = _joined(graphs, spelled[2:].replace("-", "_"), fixed)
+        elif key:
             inside.setdefault(spelled[2:].replace("-", "_"), {}).update({} if value is None else {key: value})
         elif name in knobs():
             fields[name] = value
@@ -179,4 +186,13 @@ def config_of(**asked: Any) -> tuple[Config, list[str]]:
             raise AskError("is not an option", field=name, hint=hint)
     for name, keys in inside.items():
         fields[name] = {**(fields.get(name) or {}), **keys}
+    for name, value in graphs.items():
+        fields = _joined(fields, name, value)
     return Config(**fields), lines
+
+
+def _joined(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The fields with one that another spelling may have set already. AskError where that is another value."""
+    if fields.get(name) not in (None, (), value):
+        raise AskError(f"is {fields[name]!r} and {value!r}", field=name, hint="say it once")
+    return {**fields, name: value}

@@ -67,7 +67,7 @@ def fields_of(config: Config, rows: Sequence[str]) -> dict[str, Any]:
             fields.pop(row.field, None)
     if "chunked_prefill" not in rows:
         fields.pop("max_num_batched_tokens", None)
-    asked = tuple(name for name in rows if name in config.on or ROWS[name].default == "gpu")
+    asked = tuple(name for name in rows if name in config.on or ROWS[name].default != "on")
     return fields | {"on": asked, "off": tuple(name for name in ROWS if name not in rows)}
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_origin
+from typing import get_args, get_origin
 
 from deepserve import metrics
 from deepserve.architecture import FAMILIES
 from deepserve.cli.flags import GROUPS
+from deepserve.compilation import FIELDS
 from deepserve.config import Config, field_types, knobs, optional_of
 from deepserve.facts import find_model, known_models
 from deepserve.hardware import GIB, TABLE, Hardware
@@ -78,7 +79,8 @@ def _flags() -> str:
             if knob.group == group:
                 kind, optional = optional_of(field_types()[name])
                 shown = "" if default[name] in (None, "", (), {}) else _code(str(default[name]))
-                limits = ", ".join(_code(choice) for choice in knob.choices) or KINDS[get_origin(kind) or kind]
+                inner = "integers" if get_args(kind) == (int, ...) else KINDS[get_origin(kind) or kind]
+                limits = ", ".join(_code(choice) for choice in knob.choices) or inner
                 rows.append(
                     [
                         _code(flag(name), *knob.flags),
@@ -90,6 +92,8 @@ def _flags() -> str:
         text += f"## {group}: {meaning}\n\n" + _table(("flag", "values", "default", "meaning"), rows)
     text += "## Flags of other engines\n\n### Accepted, without effect\n\nA line says so whenever one is used.\n\n"
     text += _table(("flag", "why it changes nothing"), [(_code(name), why) for name, (_, why) in NO_EFFECT.items()])
+    text += "Of `--compilation-config` (`-cc`), JSON or `-cc.key=value`, the keys " + ", ".join(map(_code, FIELDS))
+    text += " are the flags of these names; its other\nkeys are for a compiler and change nothing.\n\n"
     text += "### Accepted under another name\n\n"
     text += _table(("flag", "the same as"), [(_code(name), _code(same)) for name, same in SAME.items()])
     text += "### Refused\n\n"
@@ -167,7 +171,8 @@ def _hardware() -> str:
 
 
 def _metrics() -> str:
-    text = "# Metrics\n\n`GET /metrics`, by vLLM's names; Prometheus adds `_total` to counters.\n\n"
+    text = "# Metrics\n\n`GET /metrics`, by vLLM's names (what it does not measure: `deepserve:`); Prometheus adds\n"
+    text += "`_total` to counters.\n\n"
     for title, group in (
         ("engine", metrics.ENGINE_METRICS),
         ("requests", metrics.REQUEST_METRICS),

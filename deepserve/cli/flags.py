@@ -9,8 +9,9 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
+from deepserve import compilation
 from deepserve.config import Config, field_types, knobs, optional_of
 from deepserve.errors import AskError
 from deepserve.spellings import NO_EFFECT, REFUSED, SAME, flag, suggestion
@@ -88,6 +89,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             other, nargs=count if count != 1 else None, action=_NoEffect, const=why, help=argparse.SUPPRESS
         )
+    parser.add_argument(flag(compilation.FIELD), action=_Compilation, help=argparse.SUPPRESS)
     for other, (count, harmless, why) in REFUSED.items():
         parser.add_argument(
             other, nargs=count if count != 1 else None, action=_Refused, const=(harmless, why), help=argparse.SUPPRESS
@@ -110,6 +112,8 @@ def _add_flag(group: Any, name: str) -> None:
         options |= {"action": _Merge, "metavar": "JSON"}
     elif get_origin(kind) is tuple:
         options |= {"nargs": "+", "metavar": "NAME", "action": "extend" if name in ("on", "off") else "store"}
+        if get_args(kind)[0] is int:
+            options |= {"type": _integer, "metavar": "N"}
     elif knob.choices:
         options |= {"metavar": "{" + ",".join(knob.choices) + "}"}
     else:
@@ -135,11 +139,16 @@ def _spell(argv: list[str], known: set[str]) -> list[str]:
         name, equals, value = token.partition("=")
         name, _, key = name.partition(".")
         name = name if not name.startswith("--") else name.replace("_", "-")
-        name, _, inner = alike.get(name, name).partition(".")
+        name, _, fixed = alike.get(name, name).partition("=")
+        name, _, inner = name.partition(".")
         key = key or inner
         if name not in known:
             raise AskError("is not a flag", field=token.partition("=")[0], hint=suggestion(name, known))
-        if key:
+        if fixed:
+            if equals:
+                raise AskError("takes no value", field=token.partition("=")[0], hint=f"{name}={value}")
+            spelled.append(f"{name}={fixed}")
+        elif key:
             value = value if equals else next(tokens, "")
             spelled.append(f"{name}={json.dumps({key: value})}")
         else:
@@ -183,6 +192,16 @@ class _Merge(argparse.Action):
         except (json.JSONDecodeError, ValueError):
             raise AskError(f"{values!r} is no JSON object", field=str(option_string)) from None
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **found})
+
+
+class _Compilation(argparse.Action):
+    """vLLM's compilation config: what it says of CUDA graphs, as the flags for that."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        fields, lines = compilation.read(values)
+        for name, value in fields.items():
+            setattr(namespace, name, value)
+        namespace.no_effect = [*getattr(namespace, "no_effect", []), *lines]
 
 
 class _NoEffect(argparse.Action):

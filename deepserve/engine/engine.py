@@ -117,6 +117,7 @@ class Engine:
             self._step_time,
             time.time(),
             scheduler.drafts + DraftCounts(),  # a copy
+            self._counters.get("kernels_compiled_while_serving", 0),
         )
 
     def reset_prefix_cache(self) -> None:

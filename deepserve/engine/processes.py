@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from deepserve.engine.engine import Engine
+from deepserve.engine.garbage import Garbage
 from deepserve.engine.transport import EngineEnd
 from deepserve.errors import AskError
 from deepserve.log import get_logger, setup
@@ -67,10 +68,10 @@ def engine_process(plan: Plan, directory: str, log_level: str, build: Build | No
 
             build = build_engine
         engine = build(plan, lambda name, seconds: end.send(Phase(name, seconds)))
-        gc.collect()
-        gc.freeze()  # what is here stays: a collection between steps need not look at it
-        end.send(Ready(engine.stats()))
-        EngineLoop(engine, end).run()
+        gc.collect()  # what is left stays
+        with Garbage() as garbage:
+            end.send(Ready(engine.stats()))
+            EngineLoop(engine, end, garbage).run()
     except AskError as error:
         end.send(EngineFailed(error.message, True, error.field, error.hint))
         exit_code = 1
@@ -89,8 +90,9 @@ def engine_process(plan: Plan, directory: str, log_level: str, build: Build | No
 class EngineLoop:
     """Drain input, step, publish; while there is nothing to do, a heartbeat a second."""
 
-    def __init__(self, engine: Engine, end: EngineEnd) -> None:
+    def __init__(self, engine: Engine, end: EngineEnd, garbage: Garbage) -> None:
         self.engine = engine
+        self._garbage = garbage
         self._end = end
         self._stopping = False
         self._draining = False
@@ -104,6 +106,7 @@ class EngineLoop:
             for message in end.receive(0 if engine.has_work else HEARTBEAT_S):
                 self._handle(message)
             end.send(engine.step() if engine.has_work else StepOutput([], engine.stats()))
+            self._garbage.sweep(idle=not engine.has_work)
             if self._draining and not engine.has_work:
                 self._finish_drain()
         engine.close()

@@ -30,13 +30,19 @@ def context_slots(batch: Batch, request: int, ratio: int = 1) -> torch.Tensor:
 def chosen_slots(batch: Batch, tokens: slice, chosen: torch.Tensor, ratio: int = 1) -> torch.Tensor:
     """int64, like `chosen` [t, K]: the cache slots of the entries that each of those tokens of the batch chose of its
     request's; -1 (none) becomes the request's first entry, which is written."""
+    size, entries = batch.block_size // ratio, chosen.long().clamp(min=0)
+    blocks = batch.block_table[token_requests(batch)[tokens, None], entries // size]
+    return blocks.long() * size + entries % size
+
+
+def token_requests(batch: Batch) -> torch.Tensor:
+    """int64 [T]: whose each token is, without synchronisation (kept in derived)."""
     if "token_requests" not in batch.derived:
         lengths = batch.query_start.diff().long()
         rows = torch.arange(len(lengths), device=lengths.device)
         batch.derived["token_requests"] = rows.repeat_interleave(lengths, output_size=len(batch.positions))
-    size, entries = batch.block_size // ratio, chosen.long().clamp(min=0)
-    blocks = batch.block_table[batch.derived["token_requests"][tokens, None], entries // size]
-    return blocks.long() * size + entries % size
+    requests: torch.Tensor = batch.derived["token_requests"]
+    return requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,24 @@ def taken_apart(batch: Batch) -> Batch:
         )
     found: Batch = batch.derived["taken_apart"]
     return found
+
+
+def one_token_rows(batch: Batch) -> Batch:
+    """The same tokens, each as a row of its own with its request's blocks and the context up to itself; without
+    synchronisation. The longest context of all stands for each on the host."""
+    requests, count = token_requests(batch), len(batch.positions)
+    return replace(
+        batch,
+        block_table=batch.block_table.index_select(0, requests),
+        query_start=torch.arange(count + 1, dtype=torch.int32, device=requests.device),
+        seq_lens=(batch.positions + 1).int(),
+        ring_ids=batch.ring_ids.index_select(0, requests),
+        num_single=count,
+        max_query_len=1,
+        query_lens=[1] * count,
+        context_lens=[batch.max_seq_len] * count,
+        derived={},
+    )
 
 
 def visible(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:

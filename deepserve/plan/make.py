@@ -15,7 +15,7 @@ from deepserve.plan.kernels import choose_kernels
 from deepserve.plan.memory import Load, Wish, fits, fits_well, longest, memory_map
 from deepserve.plan.parameters import count_parameters
 from deepserve.plan.plan import Blocker, Choice, Plan, Recording
-from deepserve.plan.sizes import choose_sizes, ring_choices, size_choices
+from deepserve.plan.sizes import choose_sizes, graph_choice, ring_choices, size_choices
 from deepserve.plan.speculation import choose_speculation
 from deepserve.sampling_params import SamplingParams
 
@@ -60,6 +60,7 @@ def make_plan(config: Config, facts: Facts) -> Plan:
         max_model_len=max_model_len,
         block_size=wish.block_size,
         num_blocks=num_blocks,
+        graphs=load.graphs,
         max_num_seqs=load.max_num_seqs,
         max_num_batched_tokens=load.batched_tokens(max_model_len),
         enable_chunked_prefill=rows["chunked_prefill"].on,
@@ -77,8 +78,8 @@ def make_plan(config: Config, facts: Facts) -> Plan:
         memory=memory,
         choices=(
             _device(facts), dtype, kv_dtype, _weights(config, facts, dtype.value, rows), *_parallel(config, facts),
-            length, *size_choices(config, load, wish, max_model_len), *ring_choices(load, memory), *drafts, eos_choice,
-            sampling_choice, *kernel_choices, *_row_choices(rows),
+            length, *size_choices(config, load, wish, max_model_len), *ring_choices(load, memory), *drafts,
+            graph_choice(config, load, rows), eos_choice, sampling_choice, *kernel_choices, *_row_choices(rows),
         ),
         blockers=tuple(_blockers(config, facts)),
         seed=config.seed,

@@ -11,6 +11,7 @@ from deepserve.architecture import Architecture, Gqa, Mla
 from deepserve.errors import AskError
 from deepserve.hardware import GIB, TABLE, Hardware
 from deepserve.kv_cache.spec import DTYPE_BYTES, CacheSpec, block_multiple, bytes_per_token, cache_specs, ring_bytes
+from deepserve.plan.graphs import GraphSizes
 from deepserve.plan.parameters import weight_bytes
 from deepserve.sparse_attention import CompressedMqa
 
@@ -18,7 +19,12 @@ CPU_KV_SHARE = 0.4
 CPU_KV_LIMIT = 8 * GIB
 SNAPSHOT_SHARE = 8  # of the cache: one in so many bytes
 SPARSE_BYTES = 256 << 20  # of index scores and of gathered latents that attention over chosen tokens works on at a time
-GPU_RUNTIME_BYTES = 3 * GIB // 2  # driver context, allocator slack, library handles, recorded steps (29 sizes: 0.3 GiB)
+GPU_RUNTIME_BYTES = 6 * GIB // 5  # driver context, allocator slack, library handles
+# Of CUDA graphs. On an H100 29 of them with about 350 kernels in 27 layers took 0.3 GiB, their results included.
+KERNELS_A_LAYER = 13
+KERNEL_BYTES = 28 << 10
+GRAPH_BYTES = 256 << 10  # whatever is in it
+LIBRARY_BYTES = 64 << 20  # workspaces of matrix products, where they are recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class MemoryMap:
     budget_bytes: int  # what may be used: the rest is left to others
     weight_bytes: int
     workspace_bytes: int  # estimated peak of activations, logits and per-request state
+    graph_bytes: int  # estimate of what recorded steps take
     kv_bytes: int
     kv_bytes_per_token: int
     ring_bytes: int  # of one
@@ -42,7 +49,7 @@ class MemoryMap:
     @property
     def free_bytes(self) -> int:
         """What is left of the budget."""
-        return self.budget_bytes - self.weight_bytes - self.workspace_bytes - self.kv_bytes
+        return self.budget_bytes - self.weight_bytes - self.workspace_bytes - self.graph_bytes - self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,7 @@ class Load:
     whole_prompts: bool  # no chunked prefill: a step must hold the longest prompt
     keeps_scores: bool  # the reference attention: fp32 scores of every head, new token and token of its context
     keeps_snapshots: bool  # of rings, for cached prefixes to continue from
+    graphs: GraphSizes
     num_speculative_tokens: int = 0
     with_mtp: bool = False
 
@@ -102,21 +110,12 @@ class Load:
         a, size = self.architecture, DTYPE_BYTES[self.dtype]
         tokens = min(self.batched_tokens(max_model_len), self.max_num_seqs * max_model_len)
         heads = a.attention.num_heads / self.tensor_parallel_size
-        widest = 3 * a.intermediate_size / self.tensor_parallel_size
-        if a.moe is not None:
-            expert = 3 * a.moe.intermediate_size / self.tensor_parallel_size + a.hidden_size
-            widest = max(widest, a.moe.top_k * expert)
         if isinstance(a.attention, Mla):
-            query = a.attention.nope_dim + a.attention.rope_dim
-            widest = max(widest, 2 * heads * query)
-            width = heads * (query + a.attention.v_dim)
+            width = heads * (a.attention.nope_dim + a.attention.rope_dim + a.attention.v_dim)
         elif isinstance(a.attention, CompressedMqa):
-            widest = max(widest, 2 * heads * a.attention.head_dim)
             width = 2 * a.attention.head_dim
         else:
             width = 2 * heads * a.attention.head_dim
-        streams = 4 * a.hyper_connections.num_streams if a.hyper_connections else 0
-        layer = tokens * ((4 + streams) * a.hidden_size + widest) * size
         pair = 3 * 4 * heads if self.keeps_scores else 1
         seen, sparse = max_model_len, 0.0
         if isinstance(a.attention, Mla) and (indexer := a.attention.indexer):
@@ -130,7 +129,22 @@ class Load:
         tables = a.rope.dim * (1 + (a.compress_rope is not None))
         slots = 4 * max_model_len * (2 * self.max_num_seqs + tables)
         runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES
-        return int(layer + context + logits + slots) + runtime
+        return int(self.layer_bytes(tokens) + context + logits + slots) + runtime
+
+    def layer_bytes(self, tokens: int) -> float:
+        """Of what is alive at a time in the widest layer of a step, attention's context apart."""
+        a = self.architecture
+        heads = a.attention.num_heads / self.tensor_parallel_size
+        widest = 3 * a.intermediate_size / self.tensor_parallel_size
+        if a.moe is not None:
+            expert = 3 * a.moe.intermediate_size / self.tensor_parallel_size + a.hidden_size
+            widest = max(widest, a.moe.top_k * expert)
+        if isinstance(a.attention, Mla):
+            widest = max(widest, 2 * heads * (a.attention.nope_dim + a.attention.rope_dim))
+        elif isinstance(a.attention, CompressedMqa):
+            widest = max(widest, 2 * heads * a.attention.head_dim)
+        streams = 4 * a.hyper_connections.num_streams if a.hyper_connections else 0
+        return tokens * ((4 + streams) * a.hidden_size + widest) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +175,25 @@ def kv_room(load: Load, wish: Wish, max_model_len: int) -> int:
     return min(int(spare * CPU_KV_SHARE), CPU_KV_LIMIT, useful)
 
 
+def graph_bytes(load: Load, wish: Wish, max_model_len: int) -> int:
+    """An estimate of what CUDA graphs take: each kernel and each graph something, one pass of the largest size its
+    results, whole steps what their attention mixes (fp32) and block tables."""
+    whole, pieces = load.graphs.whole, load.graphs.pieces
+    if load.hardware.kind == "cpu" or not (whole or pieces):
+        return 0
+    attention, layers, rows = load.architecture.attention, load.architecture.num_layers, max(whole, default=0)
+    kernels = layers * KERNELS_A_LAYER * (len(whole) + len(pieces)) * KERNEL_BYTES
+    graphs = (len(whole) + len(pieces) * (layers + 1)) * GRAPH_BYTES
+    width = attention.kv_rank if isinstance(attention, Mla) else attention.head_dim
+    mixed = 4 * rows * width * attention.num_heads / load.tensor_parallel_size
+    tables = 4 * rows * math.ceil(max_model_len / wish.block_size)
+    return int(kernels + graphs + load.layer_bytes(max(*whole, *pieces, 1)) + mixed + tables) + LIBRARY_BYTES
+
+
 def spare_bytes(load: Load, wish: Wish, max_model_len: int) -> int:
-    """What weights and workspace leave."""
-    return budget_bytes(load.hardware, wish.utilization) - load.weight_bytes - load.workspace_bytes(max_model_len)
+    """What weights, workspace and recorded steps leave."""
+    fixed = load.weight_bytes + load.workspace_bytes(max_model_len) + graph_bytes(load, wish, max_model_len)
+    return budget_bytes(load.hardware, wish.utilization) - fixed
 
 
 def asked_bytes(load: Load, wish: Wish) -> int | None:
@@ -227,12 +257,14 @@ def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, i
             field="model",
             hint="for requests of 4,096 tokens " + remedies(load, wish, min(max_model_len, 4096)),
         )
-    spare = budget - weights - workspace(max_model_len)
-    asked = asked_bytes(load, wish)
+    spare, asked = spare_bytes(load, wish, max_model_len), asked_bytes(load, wish)
+    beside = f"{gib(workspace(max_model_len))} of workspace"
+    if graphs := graph_bytes(load, wish, max_model_len):
+        beside += f" and {gib(graphs)} of recorded steps"
     if asked is not None and asked > spare:
         raise AskError(
             f"asks for {gib(asked)} of KV cache, and {gib(max(spare, 0))} are left of {name} after {gib(weights)} of "
-            f"weights and {gib(workspace(max_model_len))} of workspace",
+            f"weights and {beside}",
             field="kv_cache_memory_bytes" if wish.num_blocks is None else "num_gpu_blocks_override",
             hint=remedies(load, wish, max_model_len),
         )
@@ -241,8 +273,7 @@ def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, i
         fixed = f", {gib(load.max_num_seqs * load.ring_bytes)} of rings" if rings else ""
         raise AskError(
             f"one request of {max_model_len:,} tokens needs {gib(needed)} of KV cache beside {gib(weights)} of weights"
-            f"{fixed} and {gib(workspace(max_model_len))} of workspace on each device, and {name} has {gib(budget)} to "
-            "use",
+            f"{fixed} and {beside} on each device, and {name} has {gib(budget)} to use",
             field="max_model_len",
             hint=remedies(load, wish, max_model_len),
         )
@@ -251,6 +282,7 @@ def memory_map(load: Load, wish: Wish, max_model_len: int) -> tuple[MemoryMap, i
         budget_bytes=budget,
         weight_bytes=weights,
         workspace_bytes=workspace(max_model_len),
+        graph_bytes=graph_bytes(load, wish, max_model_len),
         kv_bytes=blocks * load.block_bytes(wish.block_size) + rings * load.ring_bytes,
         kv_bytes_per_token=load.kv_bytes_per_token,
         ring_bytes=load.ring_bytes,
@@ -282,6 +314,9 @@ def remedies(load: Load, wish: Wish, max_model_len: int) -> str:
     fewer = dataclasses.replace(load, max_num_seqs=max(1, load.max_num_seqs // 8))
     if load.ring_bytes and fewer.max_num_seqs < load.max_num_seqs and fits(fewer, free, max_model_len):
         found.append(f"max_num_seqs {fewer.max_num_seqs}")
+    eager = dataclasses.replace(load, graphs=GraphSizes())
+    if graph_bytes(load, wish, max_model_len) and fits(eager, free, max_model_len):
+        found.append("cudagraph_mode NONE")
     sharded = (dataclasses.replace(load, tensor_parallel_size=size) for size in (2, 4, 8, 16))
     if load.hardware.kind != "cpu":
         for other in sharded:

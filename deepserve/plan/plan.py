@@ -11,6 +11,7 @@ from typing import Any
 from deepserve.architecture import Architecture
 from deepserve.errors import AskError
 from deepserve.hardware import Hardware
+from deepserve.plan.graphs import GraphSizes
 from deepserve.plan.memory import MemoryMap
 from deepserve.plan.parameters import Parameters
 from deepserve.speculation import Speculation
@@ -64,6 +65,7 @@ class Plan:
     max_model_len: int
     block_size: int
     num_blocks: int
+    graphs: GraphSizes  # steps that are recorded
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
@@ -135,5 +137,6 @@ class Plan:
         fields["parameters"] = {**dataclasses.asdict(self.parameters), "total": self.parameters.total}
         fields["hardware"] = {"name": self.hardware.name, "arch": self.hardware.arch, "count": self.hardware.count}
         fields["memory"] = dataclasses.asdict(self.memory)
+        fields["graphs"] = dataclasses.asdict(self.graphs)
         fields["speculation"] = dataclasses.asdict(self.speculation) if self.speculation else None
         return json.loads(json.dumps(fields))

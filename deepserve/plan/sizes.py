@@ -11,6 +11,7 @@ from deepserve.facts import Facts
 from deepserve.hardware import Hardware
 from deepserve.kv_cache.spec import block_multiple, cache_specs
 from deepserve.optimizations import Decision
+from deepserve.plan.graphs import choose_graphs, graph_mode
 from deepserve.plan.memory import Load, MemoryMap, Wish, gib
 from deepserve.plan.plan import Choice
 from deepserve.sparse_attention import CompressedMqa
@@ -46,6 +47,7 @@ def choose_sizes(
     load = Load(
         facts.architecture, facts.hardware, dtype, config.tensor_parallel_size, rows["fp8_linear"].on, seqs, tokens,
         whole_prompts=not chunked, keeps_scores=keeps_scores, keeps_snapshots=rows["prefix_caching"].on,
+        graphs=choose_graphs(config, rows, seqs, tokens),
         num_speculative_tokens=speculation.num_tokens if speculation else 0,
         with_mtp=speculation is not None and speculation.method == "mtp",
     )  # fmt: skip
@@ -93,6 +95,15 @@ def ring_choices(load: Load, memory: MemoryMap) -> list[Choice]:
     if load.whole_prompts:
         why += "; without chunked prefill they are taken only of prompts that end with a block, and while decoding"
     return [Choice("ring_snapshots", str(snapshots), why)]
+
+
+def graph_choice(config: Config, load: Load, rows: dict[str, Decision]) -> Choice:
+    """vLLM's CUDA graph mode, and the sizes."""
+    mode = graph_mode(rows)
+    if mode == "NONE":
+        return Choice("cudagraph_mode", mode, "asked for" if config.cudagraph_mode else rows["cuda_graphs"].reason)
+    reason = "asked for" if config.cudagraph_mode else "the rows that are on"
+    return Choice("cudagraph_mode", mode, f"{reason}: {load.graphs}")
 
 
 def _attention_op(attention: Mla | Gqa | CompressedMqa) -> str:

@@ -15,7 +15,7 @@ from deepserve.sparse_attention import CompressedMqa
 
 WIDTH = 118
 BAR = 60
-PARTS = (("weights", "█"), ("workspace", "▓"), ("KV cache", "▒"), ("free", "·"))
+PARTS = (("weights", "█"), ("workspace", "▓"), ("graphs", "░"), ("KV cache", "▒"), ("free", "·"))
 
 
 def render(plan: Plan, verbose: bool = False) -> str:
@@ -37,7 +37,7 @@ def _header(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     memory = plan.memory
-    sizes = (memory.weight_bytes, memory.workspace_bytes, memory.kv_bytes, memory.free_bytes)
+    sizes = (memory.weight_bytes, memory.workspace_bytes, memory.graph_bytes, memory.kv_bytes, memory.free_bytes)
     bar = "".join(sign * _cells(size, memory.budget_bytes) for size, (_, sign) in zip(sizes, PARTS))
     legend = "   ".join(f"{sign} {name} {gib(size)}" for size, (name, sign) in zip(sizes, PARTS) if size > 0)
     what = "the free memory here" if plan.device == "cpu" else f"{plan.hardware.name}"

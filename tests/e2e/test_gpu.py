@@ -10,6 +10,7 @@ import torch
 
 from deepserve import LLM, SamplingParams
 from deepserve.facts import known_models
+from deepserve.outputs import RequestOutput
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -69,12 +70,17 @@ def test_many_at_once_are_each_alone(model):
     del llm
     gc.collect()
     torch.cuda.empty_cache()
-    for name in ("cuda_graphs", "async_scheduling", "chunked_prefill", "prefix_caching"):
+    for name in ("cuda_graphs", "piecewise_graphs", "async_scheduling", "chunked_prefill", "prefix_caching"):
         assert counters[name] > 0, name
     assert stats["num_preemptions"] > 0
     assert stats["kv_cache_usage"] == 0
 
-    alone = make(model, max_num_seqs=1, off=("cuda_graphs", "async_scheduling", "prefix_caching"))
+    alone = make(model, max_num_seqs=1, cudagraph_mode="NONE", off=("async_scheduling", "prefix_caching"))
+    check(alone, prompts, rounds)
+
+
+def check(alone: LLM, prompts: list[list[int]], rounds: list[list[RequestOutput]]) -> None:
+    """Every answer's tokens are as good as the best ones of an engine that computes each alone; ends that engine."""
     found = []
     for outputs in rounds:
         for prompt, output in zip(prompts, outputs):
@@ -83,6 +89,31 @@ def test_many_at_once_are_each_alone(model):
     best = sum(regret == 0 for regret in found) / len(found)
     print(f"{len(found)} tokens, {best:.2%} the most probable ones alone, the others at most {max(found):.3f} below")
     assert max(found) <= BOUND
+
+
+FIRES = {
+    "NONE": set(), "PIECEWISE": {"piecewise_graphs"}, "FULL": {"cuda_graphs", "mixed_graphs"},
+    "FULL_DECODE_ONLY": {"cuda_graphs"}, "FULL_AND_PIECEWISE": {"cuda_graphs", "piecewise_graphs"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", FIRES)
+def test_every_graph_mode(model, mode, caplog):
+    """What was recorded computes what is computed without; its memory was estimated, and later nothing is compiled."""
+    caplog.set_level("INFO", logger="deepserve")
+    prompts, params = requests(40)
+    llm = make(model, max_num_seqs=24, max_num_batched_tokens=512, cudagraph_mode=mode)
+    rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+    counters, memory = llm.engine.counters, llm.plan.memory
+    llm.shutdown()
+    del llm
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert {name for name in FIRES["FULL"] | FIRES["PIECEWISE"] if counters.get(name)} == FIRES[mode]
+    told = [line for line in caplog.messages if "Graph capturing finished" in line]
+    print(told, counters["kernels_compiled_while_serving"], "kernels compiled while serving")
+    assert (len(told) == 1) == (memory.graph_bytes > 0) == (mode != "NONE")
+    check(make(model, max_num_seqs=1, cudagraph_mode="NONE", off=("async_scheduling",)), prompts, rounds)
 
 
 def test_memory_does_not_grow(model):

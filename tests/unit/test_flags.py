@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deepserve.cli.flags import FlagParser, config_from_args, parse
+from deepserve.cli.flags import FlagParser, _as_toml, config_from_args, parse
 from deepserve.config import Config, field_types, knobs, optional_of
 from deepserve.errors import AskError
 from deepserve.spellings import NO_EFFECT, REFUSED, config_of, flag
@@ -58,7 +58,7 @@ RECIPES = [
         {
             "model": "m", "host": "0.0.0.0", "port": 8888, "kv_cache_dtype": "fp8", "block_size": 256,
             "enable_prefix_caching": False, "tensor_parallel_size": 8, "max_model_len": 2048,
-            "max_num_batched_tokens": 8192,
+            "max_num_batched_tokens": 8192, "cudagraph_mode": "FULL_AND_PIECEWISE", "max_cudagraph_capture_size": 2048,
         },
     ),
     (  # InferenceX, R1 on MI300X with SGLang, without the two flags that mean something else here
@@ -90,7 +90,7 @@ def test_published_command_lines_parse(line, expected, capsys) -> None:
     ("m -c 4096", "-c", "--max-model-len"), ("-m x", "-m", "--model"), ("m -ngl 99", "-ngl", "--device"),
     ("m --max-modle-len 5", "--max-modle-len", "--max-model-len"),
     ("m --tensor_paralel_size 5", "--tensor_paralel_size", "--tensor"),
-    ("m --enforce-egaer", "--enforce-egaer", "--no-cuda-graphs"), ("m --zzzzzzzz", "--zzzzzzzz", "--help"),
+    ("m --enforce-egaer", "--enforce-egaer", "--cudagraph-mode"), ("m --zzzzzzzz", "--zzzzzzzz", "--help"),
     ("m -pp 2", "--pipeline-parallel-size", "not built"), ("m -dp=8", "--data-parallel-size", "not built"),
     ("m -sc.method eagle", "speculative_config.method", "say mtp"), ("m -sc mtp", "--speculative-config", "JSON"),
     ("m --spec-method ngrm", "speculative_config.method", "mtp, ngram"),
@@ -177,6 +177,64 @@ def test_speculation_through_the_keyword_door() -> None:
                    {"speculative_config": {"method": "mtp"}, "spec_tokens": 2}):  # fmt: skip
         assert config_of(model="m", **fields)[0].speculative_config == MTP2
     assert config_of(model="m", speculative_config=None, spec_method=None)[0].speculative_config is None
+
+
+GRAPHS = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": (1, 2, 4), "max_cudagraph_capture_size": 4}
+EAGER = {"cudagraph_mode": "NONE"}
+
+
+@pytest.mark.parametrize(("line", "asked"), [
+    ("--cudagraph-mode piecewise --cudagraph-capture-sizes 1 2 4 --max-cudagraph-capture-size 4", GRAPHS),
+    ("""--compilation-config '{"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4],
+        "max_cudagraph_capture_size": 4}'""", GRAPHS),
+    ("-cc.cudagraph_mode=PIECEWISE -cc.cudagraph_capture_sizes=[1,2,4] -cc.max_cudagraph_capture_size 4", GRAPHS),
+    ("--compilation_config.cudagraph_mode Full --cudagraph_capture_sizes 8", {
+        "cudagraph_mode": "FULL", "cudagraph_capture_sizes": (8,)}),
+    ("-cc '{}'", {}), ("-cc 3 -O2", {}), ("--no-enforce-eager", {}), ("--enforce-eager", EAGER),
+    ("--enforce_eager", EAGER), ("--no-cuda-graphs", EAGER), ("--disable-cuda-graph", EAGER),
+    ("""-cc '{"use_cudagraph": false}'""", EAGER), ("-cc.full_cuda_graph=true", {"cudagraph_mode": "FULL"}),
+    ("--cuda-graphs", {"cudagraph_mode": "FULL_AND_PIECEWISE"}),
+])  # fmt: skip
+def test_graphs_in_every_spelling(line, asked, tmp_path) -> None:
+    assert changed(f"m {line}") == {"model": "m", **asked}
+    made = config(f"m {line}")
+    (tmp_path / "printed.toml").write_text(_as_toml(made))
+    assert config(f"--config {tmp_path / 'printed.toml'}") == made
+
+
+@pytest.mark.parametrize(("fields", "asked"), [
+    ({"compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4],
+                             "max_cudagraph_capture_size": 4}}, GRAPHS),
+    ({"compilation_config": 3}, {}), ({"compilation_config": None}, {}), ({"enforce_eager": True}, EAGER),
+    ({"enforce_eager": False}, {}), ({"cuda_graphs": False}, EAGER), ({"cuda_graphs": None}, {}),
+    ({"cuda_graphs": True}, {"cudagraph_mode": "FULL_AND_PIECEWISE"}), ({"disable_cuda_graph": True}, EAGER),
+    ({"enforce_eager": True, "compilation_config": {"cudagraph_mode": "NONE", "level": 0}}, EAGER),
+    ({"cudagraph_mode": "piecewise", "cudagraph_capture_sizes": [1, 2, 4], "max_cudagraph_capture_size": 4}, GRAPHS),
+])  # fmt: skip
+def test_graphs_through_the_keyword_door(fields, asked) -> None:
+    assert config_of(model="m", **fields)[0].changed() == {"model": "m", **asked}
+
+
+@pytest.mark.parametrize(("line", "field", "said"), [
+    ("--cudagraph-mode HALF", "cudagraph_mode", "one of NONE, PIECEWISE, FULL,"),
+    ("--cudagraph-capture-sizes 0 2", "cudagraph_capture_sizes", "at least 1"),
+    ("--cudagraph-capture-sizes x", "", "no integer"), ("--enforce-eager=1", "--enforce-eager", "takes no value"),
+    ("-cc '{x'", "compilation_config", "JSON"), ("-cc.cudagraph_mod FULL", "compilation_config", "cudagraph_mode"),
+    ("-cc.cudagraph_capture_sizes=many", "cudagraph_capture_sizes", "expected integers"),
+])  # fmt: skip
+def test_graphs_that_nobody_knows_are_refused(line, field, said) -> None:
+    with pytest.raises(AskError) as caught:
+        config(f"m {line}")
+    assert (caught.value.field or "").startswith(field) and said in str(caught.value)
+
+
+def test_what_a_compilation_config_says_to_a_compiler_is_told_to_have_no_effect(capsys) -> None:
+    config("""m -cc '{"custom_ops": ["all"], "pass_config": {"fuse": 1}}' -cc.inductor_compile_config.x=1""")
+    said = capsys.readouterr().err.splitlines()
+    names = ("custom_ops", "pass_config", "inductor_compile_config.x")
+    assert said == [f"accepted, no effect: compilation_config.{name} (there is no compiler)" for name in names]
+    with pytest.raises(AskError, match="say it once"):
+        config_of(model="m", enforce_eager=True, compilation_config={"cudagraph_mode": "FULL"})
 
 
 TOML = 'model = "m"\nmax-model-len = 4096\nenable_prefix_caching = false\non = ["a"]\ntrust-remote-code = true\n'

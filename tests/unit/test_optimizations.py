@@ -84,7 +84,7 @@ def test_requirements_follow() -> None:
         ({"on": ("prefix_caching",), "enable_prefix_caching": False}, "prefix_caching", "both"),
         ({"on": ("fp8_kv_cache",), "kv_cache_dtype": "bf16"}, "fp8_kv_cache", "both"),
         ({"off": ("fp8_kv_cache",), "kv_cache_dtype": "fp8"}, "fp8_kv_cache", "both"),
-        ({"cuda_graphs": True}, "cuda_graphs", "cannot be on: Test CPU has no graphs"),
+        ({"on": ("cuda_graphs",)}, "cuda_graphs", "cannot be on: Test CPU has no graphs"),
         ({"off": ("async_scheduling",), "async_scheduling": True}, "async_scheduling", "both"),
         ({"on": ("triton_kernels",)}, "triton_kernels", "GPU"),
         ({"on": ("async_scheduling", "speculative_decoding")}, "async_scheduling", "how much of a step was accepted"),

@@ -376,7 +376,8 @@ def test_every_model_on_every_device(model, hardware) -> None:
 def test_the_memory_adds_up(model, hardware, length, seqs, block_size) -> None:
     made = plan(model, hardware, max_model_len=length, max_num_seqs=seqs, block_size=block_size)
     memory = made.memory
-    assert memory.weight_bytes + memory.workspace_bytes + memory.kv_bytes + memory.free_bytes == memory.budget_bytes
+    fixed = memory.weight_bytes + memory.workspace_bytes + memory.graph_bytes
+    assert fixed + memory.kv_bytes + memory.free_bytes == memory.budget_bytes
     assert memory.free_bytes >= 0
     assert memory.kv_bytes == made.num_blocks * block_size * memory.kv_bytes_per_token
     assert made.num_blocks * block_size >= length
@@ -391,9 +392,68 @@ def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
     assert made.memory.concurrency >= 1
 
 
+WHOLE = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+PIECES = (1, 2, 4, 8, 16, 32, 64, 128, *range(256, 2049, 256))
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode", "whole", "pieces"),
+    [
+        ({}, "FULL_AND_PIECEWISE", WHOLE, PIECES),
+        ({"cudagraph_mode": "none"}, "NONE", (), ()),
+        ({"cudagraph_mode": "Piecewise"}, "PIECEWISE", (), PIECES),
+        ({"cudagraph_mode": "FULL_DECODE_ONLY"}, "FULL_DECODE_ONLY", WHOLE, ()),
+        ({"cudagraph_mode": "FULL"}, "FULL", (*WHOLE, 320, 384, 448, 512), ()),
+        ({"on": ("mixed_graphs",)}, "FULL", (*WHOLE, 320, 384, 448, 512), PIECES),
+        ({"cudagraph_capture_sizes": [300, 8, 1, 8, 999]}, "FULL_AND_PIECEWISE", (1, 8, 300), (1, 8, 300, 999)),
+        ({"max_cudagraph_capture_size": 24}, "FULL_AND_PIECEWISE", (1, 2, 4, 8, 16, 24), (1, 2, 4, 8, 16, 24)),
+        ({"max_cudagraph_capture_size": 3000}, "FULL_AND_PIECEWISE", WHOLE, (*PIECES, 2304, 2560, 2816, 3000)),
+        ({"max_num_seqs": 5, "max_num_batched_tokens": 100}, "FULL_AND_PIECEWISE", (1, 2, 4, 5), (*PIECES[:7], 100)),
+        ({"off": ("cuda_graphs",)}, "PIECEWISE", (), PIECES),
+        ({"off": ("triton_kernels",)}, "NONE", (), ()),
+        ({"model": "deepseek-v3.2", "hardware": "mi300x:8", "tensor_parallel_size": 8}, "NONE", (), ()),
+    ],
+)
+def test_graph_modes_and_their_sizes(asked, mode, whole, pieces) -> None:
+    made = plan(**{"hardware": "h100", **asked})
+    assert choice(made, "cudagraph_mode").value == mode
+    assert (made.graphs.whole, made.graphs.pieces) == (whole, pieces)
+    assert (made.memory.graph_bytes > 0) == (mode != "NONE")
+    assert ("graphs " in render(made).split("choices")[0]) == (mode != "NONE")
+    for number, sizes in enumerate((whole, pieces)):
+        assert not sizes or f"{len(sizes)} sizes {('', 'of pieces ')[number]}up to {sizes[-1]}" in str(made.graphs)
+
+
+def test_graphs_are_budgeted() -> None:
+    """What 29 sizes took on an H100 (0.3 GiB) is covered, and not by much more than twice."""
+    made = plan(hardware="h100", max_num_seqs=1024, cudagraph_mode="FULL_DECODE_ONLY")
+    assert len(made.graphs.whole) == 29
+    assert 0.3 * GIB < made.memory.graph_bytes < 0.7 * GIB
+    without = plan(hardware="h100", max_num_seqs=1024, cudagraph_mode="NONE")
+    assert without.num_blocks > made.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "said"),
+    [
+        ({"cudagraph_mode": "NONE", "on": ("cuda_graphs",)}, "cuda_graphs", "both on and off"),
+        ({"cudagraph_mode": "FULL", "off": ("mixed_graphs",)}, "mixed_graphs", "both on and off"),
+        ({"cudagraph_mode": "PIECEWISE", "off": ("triton_kernels",)}, "cudagraph_mode", "triton_kernels is off"),
+        ({"on": ("mixed_graphs",), "off": ("cuda_graphs",)}, "mixed_graphs", "cuda_graphs is off"),
+        ({"cudagraph_mode": "FULL", "hardware": CPU}, "cudagraph_mode", "be FULL: Test CPU has no graphs"),
+        ({"cudagraph_mode": "FULL", "trace_file": "f", "trace_ops": True}, "cudagraph_mode", "watched"),
+        ({"cudagraph_capture_sizes": (1, 9), "max_cudagraph_capture_size": 8}, "max_cudagraph_capture_size", "is 9"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused(asked, field, said) -> None:
+    error = refusal(**{"hardware": "h100", **asked})
+    assert error.field == field and said in str(error)
+
+
 def test_guesses_are_planned_with_their_weights_and_their_cache() -> None:
-    plain, asked = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8), {"num_speculative_tokens": 2}
-    made = plan("deepseek-v3", "mi300x:8", tensor_parallel_size=8, speculative_config=asked)
+    fields = {"tensor_parallel_size": 8, "max_model_len": 65536}
+    plain = plan("deepseek-v3", "mi300x:8", **fields)
+    made = plan("deepseek-v3", "mi300x:8", speculative_config={"num_speculative_tokens": 2}, **fields)
     assert plain.speculation is None and not plain.with_mtp
     assert (made.speculation, made.with_mtp) == (Speculation("mtp", 2), True)
     assert made.memory.kv_bytes_per_token == plain.memory.kv_bytes_per_token // 61 * 62

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from deepserve.errors import AskError
 from deepserve.ops.check import check
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.recording import shapes, steps
+from deepserve.recording.kernels import CompiledKernels
 from deepserve.recording.timeline import Timeline
 from tests.tiny import write_checkpoint
+from tests.unit.history_engine import make_engine
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [(7 * i) % 290 + 5 for i in range(40)]]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -44,6 +47,28 @@ def spans_of(file):
 
 def end(span):
     return span["ts"] + span["dur"]
+
+
+def test_kernels_that_are_compiled_while_serving_are_counted_and_named(caplog):
+    triton = pytest.importorskip("triton")
+    knobs, counters = triton.knobs.runtime, {}
+    before = knobs.jit_post_compile_hook
+    try:
+        compiled = CompiledKernels()
+        assert knobs.jit_post_compile_hook is None
+        compiled.start(counters)
+        assert counters == {CompiledKernels.name: 0}
+        told = SimpleNamespace(module="m", name="_rope_kernel", jit_function=None)
+        knobs.jit_post_compile_hook(key="k", repr="[16]", fn=told, compile={}, already_compiled=False)
+        assert counters == {CompiledKernels.name: 1}
+        assert "_rope_kernel was compiled while serving" in caplog.text
+        engine = make_engine(0)
+        engine._counters = counters
+        assert engine.stats().num_compiled_kernels == engine.counters[CompiledKernels.name] == 1
+        CompiledKernels()
+        assert knobs.jit_post_compile_hook is None
+    finally:
+        knobs.jit_post_compile_hook = before
 
 
 @pytest.mark.parametrize("ahead", [False, True])

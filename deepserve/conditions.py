@@ -1,0 +1,72 @@
+"""What a speed-up needs of the model and the hardware: each condition is None, or why it does not hold."""
+
+from __future__ import annotations
+
+from deepserve.architecture import Gqa, Mla
+from deepserve.facts import Facts
+from deepserve.kv_cache.spec import no_fp8
+
+
+def an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
+    return None if facts.architecture.quantization else "the checkpoint's weights are not FP8"
+
+
+def latent_attention(facts: Facts, dtype: str) -> str | None:
+    return None if isinstance(facts.architecture.attention, Mla) else "the model has no latent attention"
+
+
+def fp8_entries(facts: Facts, dtype: str) -> str | None:
+    return no_fp8(facts.architecture.attention)
+
+
+def an_indexer(facts: Facts, dtype: str) -> str | None:
+    attention = facts.architecture.attention
+    if isinstance(attention, Gqa) or attention.indexer is None:
+        return "no indexer chooses what its attention sees"
+    return None
+
+
+def an_indexer_to_transform(facts: Facts, dtype: str) -> str | None:
+    attention = facts.architecture.attention
+    if not isinstance(attention, Mla) or attention.indexer is None:
+        return "no indexer chooses among its tokens"
+    if (dim := attention.indexer.head_dim) & (dim - 1):
+        return f"a Hadamard transform needs a power of two, and index heads have {dim} channels"
+    return None
+
+
+def experts(facts: Facts, dtype: str) -> str | None:
+    return None if facts.architecture.moe else "the model has no experts"
+
+
+def experts_and_residual(facts: Facts, dtype: str) -> str | None:
+    moe, attention = facts.architecture.moe, facts.architecture.attention
+    if moe is None or not moe.num_shared_experts or not isinstance(attention, Gqa | Mla):
+        return "no layer adds routed and shared experts to one residual stream"
+    return None
+
+
+def recordable(facts: Facts, dtype: str) -> str | None:
+    """Kernels that look at lengths on the host, or wait for the device, cannot be recorded."""
+    if facts.hardware.device == "cpu":
+        return f"{facts.hardware.name} has no graphs"
+    return no_lengths_on_the_host(facts)
+
+
+def launches_that_overlap(facts: Facts, dtype: str) -> str | None:
+    hardware = facts.hardware
+    overlaps = hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) >= 90
+    return None if overlaps else f"needs an NVIDIA GPU from Hopper on, and {hardware.name} is none"
+
+
+def replayable(facts: Facts, dtype: str) -> str | None:
+    if facts.hardware.device != "cpu":
+        return "steps of a GPU are recorded by its own graphs"
+    return no_lengths_on_the_host(facts)
+
+
+def no_lengths_on_the_host(facts: Facts) -> str | None:
+    attention = facts.architecture.attention
+    if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
+        return None
+    return "the attention's kernels look at lengths on the host"
