@@ -22,14 +22,15 @@ RIVER = (
     "models kv_cache graph",
     "layers",
     "ops",
-    "spellings config facts plan optimizations ops.inventory hardware architecture kv_cache.spec runner.batch parallel",
+    "spellings config facts plan optimizations conditions ops.inventory hardware architecture kv_cache.spec "
+    "runner.batch parallel",
     "messages request sampling_params structured_outputs outputs progress metrics dtypes transfer errors json_file log "
     "demo speculation sparse_attention compilation",
 )
 
 # Decides in plain Python: no torch, not even inside a function.
 TORCH_FREE = (
-    "config spellings facts architecture sparse_attention plan optimizations ops.inventory messages request "
+    "config spellings facts architecture sparse_attention plan optimizations conditions ops.inventory messages request "
     "sampling_params outputs metrics errors json_file log scheduler kv_cache server.protocol speculation compilation "
     "structured_outputs sampling.grammar sampling.vocabulary chat ops.tiles tune.search tune.tables"
 ).split()

@@ -9,12 +9,16 @@ import triton.language as tl
 from deepserve.ops.fp32_order import LEAST, key_of, value_of
 from deepserve.ops.launch import next_power_of_two
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 PART = 8192  # of a vocabulary: 16 programs for each row of 129280
 
 
 @triton.jit
-def _argmax_parts_kernel(logits, keys, indices, row_stride, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_parts_kernel(
+    logits, keys, indices, row_stride, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
@@ -25,7 +29,8 @@ def _argmax_parts_kernel(logits, keys, indices, row_stride, vocab_size, PARTS: t
 
 
 @triton.jit
-def _argmax_kernel(keys, indices, tokens, values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_kernel(keys, indices, tokens, values, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     key, best = tl.max(tl.load(keys + row * PARTS + part, part < PARTS, LEAST - 1), 0, return_indices=True)
@@ -47,9 +52,11 @@ def argmax(
     keys = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     indices = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     _argmax_parts_kernel[(num_rows, parts)](
-        logits, keys, indices, logits.stride(0), vocab_size, parts, block, num_warps=8
+        logits, keys, indices, logits.stride(0), vocab_size, parts, block, num_warps=8, **overlap(logits.device)
     )
-    _argmax_kernel[(num_rows,)](keys, indices, tokens, values, parts, next_power_of_two(parts), num_warps=1)
+    _argmax_kernel[(num_rows,)](
+        keys, indices, tokens, values, parts, next_power_of_two(parts), num_warps=1, **overlap(logits.device)
+    )
     return tokens, values
 
 

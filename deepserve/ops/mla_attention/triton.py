@@ -97,10 +97,11 @@ def _mla_decode_kernel(
     for start in range(first, last, KEYS):
         token = start + place
         seen = (token < last)[:, None]
-        slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        if ONE_BLOCK:
+        if ONE_BLOCK:  # all but a scalar is the same for every tile
+            slot = block.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + place
             block = tl.load(table + tl.minimum(start + KEYS, last - 1) // BLOCK_SIZE)
         else:
+            slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
             block = tl.load(table + (token + KEYS) // BLOCK_SIZE, token + KEYS < last, 0)
         entry = latents + slot[:, None] * LATENT_WIDTH + channel[None, :]
         latent = tl.load(entry, seen & (channel < RANK)[None, :], 0.0).to(q1.dtype)
@@ -383,6 +384,8 @@ def decode(
         found, _decode_tile(head_tile, size, found.is_amd, entries.scales is not None), heads=heads, requests=requests,
         entry=rank + rope, element_bytes=entries.latents.element_size(),
     )  # fmt: skip
+    if entries.block_size % keys:  # addresses of entries of several blocks take twice the registers
+        keys = max(keys // 2, 16)
     head_blocks = triton.cdiv(heads, head_tile)
     shared_bytes = stages * keys * entries.entry_bytes + head_tile * (rank + rope) * size + 4096
     if entries.scales is not None:

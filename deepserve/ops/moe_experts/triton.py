@@ -19,7 +19,7 @@ from deepserve.ops.moe_experts.tiles import DOWN, GATE_UP
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
-SORTED_ROWS = 64  # tokens of one sorting program
+SORTED_ROWS = 32  # tokens of one sorting program
 MAX_CHOICES = 512  # of a step without sorting
 CHOICES_AT_ONCE = 2048  # choices times rows that a program compares in one go: more would fill its registers
 EACH, BY_CHOICE, BY_EXPERT, SORTED = range(4)  # what a program's tile is: see _tile_of
@@ -93,8 +93,8 @@ def _moe_sort_kernel(
 
     tile_end = tl.cumsum((total + TILE - 1) // TILE, 0)
     tile_begin = tile_end - (total + TILE - 1) // TILE
-    for start in range(program * 64, num_tiles, num_programs * 64):
-        tile = start + tl.arange(0, 64)
+    for start in range(program * 32, num_tiles, num_programs * 32):
+        tile = start + tl.arange(0, 32)
         inside = (tile[:, None] >= tile_begin[None, :]) & (tile[:, None] < tile_end[None, :])
         which = tl.sum(tl.where(inside, expert[None, :] + 1, 0), 1) - 1
         first = tl.sum(tl.where(inside, begin[None, :] + (tile[:, None] - tile_begin[None, :]) * TILE, 0), 1)
@@ -427,8 +427,8 @@ def _sort(ids: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Te
             ids, counts, ids.numel(), choices, next_power_of_two(choices), experts_block, num_warps=4, **overlap(device)
         )
     _moe_sort_kernel[(programs,)](
-        ids, counts, rows, tiles, num_tokens, num_tiles, top_k, experts_block, SORTED_ROWS, tile_rows, 16,
-        num_warps=8, **overlap(device),
+        ids, counts, rows, tiles, num_tokens, num_tiles, top_k, experts_block, SORTED_ROWS, tile_rows,
+        max(4096 // experts_block, 1), num_warps=8, **overlap(device),
     )  # fmt: skip
     return rows, tiles
 

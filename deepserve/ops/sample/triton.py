@@ -26,6 +26,7 @@ import triton.language as tl
 from deepserve.ops.fp32_order import INFINITY, LEAST, NAN, key_of, value_of
 from deepserve.ops.launch import next_power_of_two
 from deepserve.ops.op import Kernel
+from deepserve.ops.overlap import overlap, wait
 
 LARGEST_PART = 4096  # logits: 32 parts of 129280
 FEWEST_PARTS = 4  # of a small vocabulary
@@ -142,7 +143,9 @@ def _sample_parts_kernel(
     vocab_size,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -159,8 +162,9 @@ def _sample_parts_kernel(
 def _sample_guess_kernel(
     logits, leaders, numbers, masses, temperature, top_k, top_p, log_min_p,
     bands,  # int32 [S, 2]: lowest and highest key of each row's band; NAN where there is nothing to look for
-    row_stride, vocab_size, PARTS: tl.constexpr, GROUPS: tl.constexpr,
+    row_stride, vocab_size, PARTS: tl.constexpr, GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     WIDTH: tl.constexpr = TILE // PARTS
     row = tl.program_id(0).to(tl.int64)
     top, unit, mass = _overview(numbers, masses, temperature, row, PARTS)
@@ -212,7 +216,9 @@ def _sample_weigh_kernel(
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     low, high = tl.load(bands + row * 2), tl.load(bands + row * 2 + 1)
     place = row * 3 * PARTS + part
@@ -345,8 +351,9 @@ def _first(sums, target, weight, index):
 def _sample_draw_kernel(
     logits, temperature, top_k, top_p, log_min_p, uniform, bands, numbers, masses, inside, tokens, evidence,
     filtered,  # 0: no row is, and there are no bands
-    row_stride, vocab_size, PARTS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
+    row_stride, vocab_size, PARTS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     top, unit, kept = _overview(numbers, masses, temperature, row, PARTS)
     tl.store(evidence + row, value_of(top))
@@ -401,20 +408,20 @@ def sample(
     inside = torch.empty((num_rows * filtered, parts, room), dtype=torch.float32, device=device)
     each_row, each_part = (num_rows,), (num_rows, parts)
     _sample_parts_kernel[each_part](
-        logits, temperature, numbers, masses, leaders, stride, vocab_size, parts, groups, num_warps=8
+        logits, temperature, numbers, masses, leaders, stride, vocab_size, parts, groups, num_warps=8, **overlap(device)
     )
     if filtered:
         _sample_guess_kernel[each_row](
             logits, leaders, numbers, masses, temperature, top_k, top_p, log_min_p, bands, stride, vocab_size, parts,
-            groups, num_warps=16,
+            groups, num_warps=16, **overlap(device),
         )  # fmt: skip
         _sample_weigh_kernel[each_part](
             logits, temperature, bands, numbers, masses, inside, stride, vocab_size, parts, size, room,
-            min(size, COPIED), num_warps=8,
+            min(size, COPIED), num_warps=8, **overlap(device),
         )  # fmt: skip
     _sample_draw_kernel[each_row](
         logits, temperature, top_k, top_p, log_min_p, uniform, bands, numbers, masses, inside, tokens, evidence,
-        int(filtered), stride, vocab_size, parts, size, room, num_warps=16,
+        int(filtered), stride, vocab_size, parts, size, room, num_warps=16, **overlap(device),
     )  # fmt: skip
     return tokens, evidence
 
