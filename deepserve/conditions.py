@@ -6,6 +6,8 @@ from deepserve.architecture import Gqa, Mla
 from deepserve.facts import Facts
 from deepserve.kv_cache.spec import no_fp8
 
+LARGEST_RANK = 512  # channels of a latent that a kernel multiplies in one go: ops/mla_attention/triton.py
+
 
 def an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
     """The checkpoint's weights are FP8."""
@@ -80,3 +82,13 @@ def no_lengths_on_the_host(facts: Facts) -> str | None:
     if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
         return None
     return "the attention's kernels look at lengths on the host"
+
+
+def attention_row_by_row(facts: Facts, dtype: str) -> str | None:
+    """The attention has a kernel that takes each token as a row of its own, in parts that its context alone decides."""
+    attention = facts.architecture.attention
+    if isinstance(attention, Mla) and attention.kv_rank > LARGEST_RANK:
+        return f"latents of {attention.kv_rank} channels are multiplied in as many pieces as suit the batch"
+    if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
+        return None
+    return "its attention has no kernel that is the same for every batch"

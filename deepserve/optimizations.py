@@ -50,6 +50,7 @@ class Row:
 
 FP8_CACHES = ("fp8", "fp8_e4m3")  # spellings of kv_cache_dtype
 _HOST_LENGTHS = (("fp8_kv_cache", "its attention looks at lengths on the host"),)  # in each of its kernels
+_BY_SIZE = (("batch_invariant", "its kernels suit the number of tokens, which decides how they sum"),)
 _PACKED = "packed_linear or native_kernels"
 _COMPILED = "triton_kernels or native_kernels"
 
@@ -124,6 +125,18 @@ TABLE = (
         needs=conditions.launches_that_overlap,
         requires=("triton_kernels",),
     ),
+    Row(
+        "batch_invariant",
+        "A request's logits are the same bits whatever is computed beside it and however its prompt is cut: products "
+        "and attention sum in one order.",
+        "tolerance",
+        "calls in the graph that such a kernel serves",
+        default="off",
+        needs=conditions.attention_row_by_row,
+        requires=("triton_kernels",),
+        excludes=(("fp8_kv_cache", "attention to FP8 latents has no such kernel"),),
+        kernels=("invariant",),
+    ),
     _graphs(
         "cuda_graphs",
         "steps that were replayed",
@@ -182,6 +195,7 @@ TABLE = (
         "linear layers with FP8 weights",
         default="off",
         needs=conditions.an_fp8_checkpoint,
+        excludes=(("batch_invariant", "products of FP8 weights have no such kernel"),),
     ),
     Row(
         "skip_indexer",
@@ -205,6 +219,7 @@ TABLE = (
             "A projection adds the residual to its sums; the norm follows at once.",
             f"triton_kernels or {_PACKED}",
         ),
+        excludes=_BY_SIZE,
         covers=("fusion_add_rms_norm",),
     ),
     _fusion("linear_silu_mul", "The gated activation is applied to the sums of its projections.", _PACKED),
@@ -225,7 +240,7 @@ TABLE = (
             "triton_kernels",
         ),
         needs=conditions.latent_attention,
-        excludes=(("fp8_kv_cache", "its attention and its cache entries are other ops"),),
+        excludes=(("fp8_kv_cache", "its attention and its cache entries are other ops"), *_BY_SIZE),
         covers=("fusion_rms_norm_rope_write_latent",),
     ),
     replace(
@@ -233,6 +248,7 @@ TABLE = (
             "linear_moe_route", "A router and its projection in at most two kernels, with nothing cast.", _COMPILED
         ),
         needs=conditions.experts,
+        excludes=_BY_SIZE,
     ),
     replace(
         _fusion(
@@ -241,6 +257,7 @@ TABLE = (
             _COMPILED,
         ),
         needs=conditions.experts_and_residual,
+        excludes=_BY_SIZE,
         covers=("fusion_add_rms_norm",),
     ),
     replace(
@@ -250,6 +267,7 @@ TABLE = (
             "triton_kernels",
         ),
         needs=conditions.experts_and_residual,
+        excludes=_BY_SIZE,
         covers=("fusion_linear_moe_route", "fusion_moe_experts_add_rms_norm", "fusion_add_rms_norm"),
     ),
     _fusion("rms_norm_quant_fp8", "A norm and the FP8 quantisation of its result are one pass.", "fp8_linear"),

@@ -12,6 +12,9 @@ from deepserve.sparse_attention import CompressedMqa
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "bytes": 1}
 FP8_SCALE_BYTES = 4  # of an index key or a latent in FP8
 FP8_ALIGNMENT = 16  # bytes that one thread of a kernel loads at once: entries of latents begin at multiples of it
+# What a GPU's attention makes of a cache's entries, at a time: keys and values of latents, and fp32 results of parts
+# of contexts where they do not depend on the batch.
+EXPANDED_BYTES, FIXED_BYTES = 512 << 20, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepserve.errors import AskError
-from deepserve.ops.inventory import inventory
-from deepserve.ops.launch import assuming
+from deepserve.ops.inventory import IN_TRITON, inventory
+from deepserve.ops.launch import CHIPS, LANES, assuming
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Case, Op
 
@@ -36,8 +37,11 @@ TYPES = {
     torch.bool: "i1",
 }
 MATRIX = r"v_mfma|v_smfmac|wgmma\.mma_async|mma\.sync"
-# Of several 32-bit words at once: AMD's, NVIDIA's to registers, and NVIDIA's to shared memory (16 bytes).
-LOADS = r"(?:buffer|global)_load_dwordx(\d)|ld\.global[\w.:]*\.v(\d)\.b32|cp\.async\.cg\.shared\.global.*0x1(0)"
+# Of several 32-bit words at once: AMD's (lds: to shared memory), NVIDIA's to registers and (16 bytes) to shared memory.
+LOADS = (
+    r"(?:buffer|global)_load_(?:lds_)?dwordx(\d)|ld\.global[\w.:]*\.v(\d)\.b32"
+    r"|cp\.async\.cg\.shared\.global.*0x1(0)"
+)
 FP8_CONVERSION = r"v_cvt_(?:scalef32_)?pk_(?:fp8|\w+_fp8)|cvt\.rn\.satfinite\.e4m3x2|cvt\.rn\.f16x2\.e4m3x2"
 
 
@@ -54,7 +58,8 @@ class Launch:
 class Compiled:
     """What one kernel costs on one target.
 
-    Registers are a thread's vector registers, shared memory is LDS, widest_load_bytes what one thread reads at once.
+    Registers are a thread's vector registers, shared memory is LDS, widest_load_bytes what one thread reads at once,
+    occupancy how many of the warps that a multiprocessor can hold are there when it holds all programs it has room for.
     """
 
     op: str
@@ -68,6 +73,7 @@ class Compiled:
     matrix_instructions: int
     fp8_conversions: int
     num_warps: int
+    occupancy: float
     problem: str | None
 
 
@@ -93,10 +99,11 @@ def compile_op(op_name: str, target: str) -> Iterator[Compiled]:
     """Compiles the op's Triton kernels for the first dtype of bf16, fp16, fp32 that it has, on its cases of real size
     (the last case where it has none), each once.
     """
-    op, kernel = load_op(op_name), load_kernel(op_name, "triton")
+    op = load_op(op_name)
     dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    kernels = [load_kernel(op_name, info.name) for info in inventory()[op_name] if info.name in IN_TRITON]
     compiled = set()
-    for case, arguments in _cases(op, target, dtype):
+    for kernel, (case, arguments) in product(kernels, _cases(op, target, dtype)):
         with assuming(target):
             noted = launches(kernel.function, tuple(kernel.packed(op.parameters, arguments)))
         for launch in noted:
@@ -113,7 +120,7 @@ def compile_all(op_names: tuple[str, ...] = (), targets: tuple[str, ...] = tuple
     if knobs.runtime.interpret:
         raise AskError("is set, and interpreted kernels cannot be compiled", field="TRITON_INTERPRET", hint="unset it")
     for name in op_names or inventory():
-        if any(info.name == "triton" for info in inventory()[name]):
+        if any(info.name in IN_TRITON for info in inventory()[name]):
             for target in targets:
                 yield from compile_op(name, target)
 
@@ -158,8 +165,23 @@ def _compile(op_name: str, case_name: str, launch: Launch, target: str) -> Compi
         matrix_instructions=matrix,
         fp8_conversions=len(re.findall(FP8_CONVERSION, text)),
         num_warps=code.metadata.num_warps,
+        occupancy=round(occupancy(target, registers, code.metadata.shared, code.metadata.num_warps), 2),
         problem=problem,
     )
+
+
+def occupancy(target: str, registers: int, shared_bytes: int, num_warps: int) -> float:
+    """0 to 1. Both vendors hand out registers 8 a thread at a time: an AMD SIMD, of four, has 512 a lane and takes 8
+    wavefronts, whatever program they are of; NVIDIA's multiprocessor has 65,536, takes 64 warps and 32 programs, and
+    adds 1 KiB of shared memory of its own to each.
+    """
+    found, given = CHIPS[target], -(-max(registers, 1) // 8) * 8
+    if found.is_amd:
+        most, by_registers, of_shared = 32, 4 * min(512 // given, 8) // num_warps, found.shared_bytes
+    else:
+        most, by_registers = 64, min(65536 // (LANES * given * num_warps), 64 // num_warps, 32)
+        of_shared, shared_bytes = found.shared_bytes + 1024, shared_bytes + 1024
+    return min(by_registers, of_shared // max(shared_bytes, 1)) * num_warps / most
 
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

@@ -46,6 +46,9 @@ class KernelInfo:
 
 
 REFERENCE = KernelInfo("reference")
+# Triton's too, but slower: a row of its result is the same bits whatever other rows there are, and how many.
+INVARIANT = KernelInfo("invariant", "invariant", a_gpu, "tolerance")
+IN_TRITON = ("triton", "invariant")
 
 
 def triton(exactness: str) -> KernelInfo:

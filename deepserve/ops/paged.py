@@ -132,6 +132,16 @@ def taken_apart(batch: Batch) -> Batch:
     return found
 
 
+def single_rows(batch: Batch) -> Batch:
+    """The batch itself where each row is one token, else its one_token_rows (kept in derived)."""
+    if batch.num_single == len(batch.query_lens):
+        return batch
+    if "single_rows" not in batch.derived:
+        batch.derived["single_rows"] = one_token_rows(batch)
+    found: Batch = batch.derived["single_rows"]
+    return found
+
+
 def one_token_rows(batch: Batch) -> Batch:
     """The same tokens, each as a row of its own with its request's blocks and the context up to itself; without
     synchronisation. The longest context of all stands for each on the host."""

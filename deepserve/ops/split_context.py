@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from deepserve.kv_cache.spec import FIXED_BYTES
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.overlap import overlap, wait
 
 HEADS = 16  # of one decode program: the narrowest tile that matrix instructions take
 MAX_SPLITS = 64
 SPLITS_AT_ONCE = 8  # that a program combines in one go
+FIXED_SPLITS = 8  # of every context, where results may not depend on the batch
 LOG2_E = 1.4426950408889634
 
 
@@ -23,6 +25,11 @@ def num_splits(num_programs: int, shared_bytes: int, device: torch.device) -> in
     found = chip(device)
     at_once = 2 if 2 * shared_bytes <= found.shared_bytes else 1
     return min(max(at_once * found.num_multiprocessors // num_programs, 1), MAX_SPLITS)
+
+
+def fixed_rows(heads: int, size: int) -> int:
+    """How many rows FIXED_BYTES are enough for, with `size` channels a head."""
+    return max(FIXED_BYTES // (4 * FIXED_SPLITS * heads * size), 1)
 
 
 @triton.jit

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from deepserve.architecture import Architecture, Gqa, Mla
 from deepserve.errors import AskError
 from deepserve.hardware import GIB, TABLE, Hardware
-from deepserve.kv_cache.spec import DTYPE_BYTES, CacheSpec, block_multiple, bytes_per_token, cache_specs, ring_bytes
+from deepserve.kv_cache.spec import (
+    DTYPE_BYTES,
+    EXPANDED_BYTES,
+    FIXED_BYTES,
+    CacheSpec,
+    block_multiple,
+    bytes_per_token,
+    cache_specs,
+    ring_bytes,
+)
 from deepserve.plan.graphs import GraphSizes
 from deepserve.plan.parameters import weight_bytes
 from deepserve.sparse_attention import CompressedMqa
@@ -66,6 +75,7 @@ class Load:
     whole_prompts: bool  # no chunked prefill: a step must hold the longest prompt
     keeps_scores: bool  # the reference attention: fp32 scores of every head, new token and token of its context
     keeps_snapshots: bool  # of rings, for cached prefixes to continue from
+    fixed_parts: bool  # attention keeps results of parts of every context
     graphs: GraphSizes
     num_speculative_tokens: int = 0
     with_mtp: bool = False
@@ -122,14 +132,17 @@ class Load:
             seen = min(seen, indexer.top_k)
             sparse = 12 * tokens * seen + 4 * max_model_len * indexer.head_dim + SPARSE_BYTES
         queries = min(tokens, seen)
+        sparse += FIXED_BYTES * self.fixed_parts
         if isinstance(a.attention, CompressedMqa):
             seen, sparse = a.attention.num_keys(max_model_len), SPARSE_BYTES
-        context = seen * (width * size + queries * pair) + sparse
+        context = seen * (width * size + queries * pair)
+        if isinstance(a.attention, Mla) and self.hardware.kind != "cpu" and not self.keeps_scores:
+            context = min(context, EXPANDED_BYTES + 8 * tokens * heads * a.attention.v_dim)  # fp32 results of slices
         logits = 3 * 4 * min(self.max_num_seqs * (1 + self.num_speculative_tokens), tokens) * a.vocab_size
         tables = a.rope.dim * (1 + (a.compress_rope is not None))
         slots = 4 * max_model_len * (2 * self.max_num_seqs + tables)
         runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES
-        return int(self.layer_bytes(tokens) + context + logits + slots) + runtime
+        return int(self.layer_bytes(tokens) + context + sparse + logits + slots) + runtime
 
     def layer_bytes(self, tokens: int) -> float:
         """Of what is alive at a time in the widest layer of a step, attention's context apart."""

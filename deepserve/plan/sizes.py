@@ -47,6 +47,7 @@ def choose_sizes(
     load = Load(
         facts.architecture, facts.hardware, dtype, config.tensor_parallel_size, rows["fp8_linear"].on, seqs, tokens,
         whole_prompts=not chunked, keeps_scores=keeps_scores, keeps_snapshots=rows["prefix_caching"].on,
+        fixed_parts=rows["batch_invariant"].on,
         graphs=choose_graphs(config, rows, seqs, tokens),
         num_speculative_tokens=speculation.num_tokens if speculation else 0,
         with_mtp=speculation is not None and speculation.method == "mtp",

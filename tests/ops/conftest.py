@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepserve.ops.inventory import inventory
+from deepserve.ops.inventory import IN_TRITON, inventory
 from deepserve.ops.load import load_kernel
 
 SWITCH = "TRITON_INTERPRET"
@@ -60,8 +60,9 @@ def _load_interpreted():
         builder = triton.runtime.interpreter.InterpreterBuilder
         builder.create_dot = _dot_of_bf16(builder.create_dot)
         for name, kernels in inventory().items():
-            if any(info.name == "triton" for info in kernels):
-                load_kernel(name, "triton")
+            for info in kernels:
+                if info.name in IN_TRITON:
+                    load_kernel(name, info.name)
         # The first launch imports the rest of Triton, which must see the switch too.
         load_kernel("embedding", "triton").function(torch.tensor([1]), torch.ones(2, 4))
     finally:

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from deepserve.ops.inventory import inventory
+from deepserve.ops.compile import occupancy
+from deepserve.ops.inventory import IN_TRITON, inventory
 from deepserve.ops.launch import CHIPS
 
-OPS = [name for name, kernels in inventory().items() if any(info.name == "triton" for info in kernels)]
+OPS = [name for name, kernels in inventory().items() if any(info.name in IN_TRITON for info in kernels)]
 
 
 @pytest.mark.parametrize("target", ["gfx942", "gfx950", "sm_90"])
@@ -29,8 +30,19 @@ def test_kernels_compile(target):
         assert row["spills"] == 0
         assert 0 < row["registers"] <= (512 if CHIPS[target].is_amd else 255)
         assert row["shared_bytes"] <= CHIPS[target].shared_bytes
-        if row["op"].endswith("_fp8"):
-            assert row["fp8_conversions"] > 0, "the FP8 format is emulated"
+        assert 0 < row["occupancy"] <= 1, row
     for op in OPS:
+        if op.endswith("_fp8"):
+            assert any(row["fp8_conversions"] for row in rows if row["op"] == op), "the FP8 format is emulated"
         widest = max(row["widest_load_bytes"] for row in rows if row["op"] == op)
         assert widest == 16, f"{op} reads {widest} bytes a thread at once: not vectorised"
+
+
+def test_occupancy():
+    assert occupancy("sm_90", 32, 0, 4) == 1  # 16 programs of 4 warps
+    assert occupancy("sm_90", 128, 0, 4) == 0.25  # 65,536 / (128 threads x 128 registers) = 4 programs
+    assert occupancy("sm_90", 121, 100 << 10, 8) == 0.25  # two of 100 KiB fit, and 2 x 256 x 128 registers
+    assert occupancy("gfx942", 64, 0, 4) == 1
+    assert occupancy("gfx942", 65, 0, 4) == 0.875  # 7 wavefronts of 72 registers on each SIMD
+    assert occupancy("gfx942", 64, 40 << 10, 4) == 0.125  # one program's LDS
+    assert occupancy("gfx950", 64, 40 << 10, 4) == 0.5

@@ -9,7 +9,7 @@ import triton
 from deepserve.graph.rewrite import fused_ops, pattern
 from deepserve.hardware import this_machine
 from deepserve.ops.check import Poisoned, check, difference, poison
-from deepserve.ops.inventory import inventory, refusals
+from deepserve.ops.inventory import IN_TRITON, inventory, refusals
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Cost, Kernel
 
@@ -24,7 +24,7 @@ if DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) >= (3,
 
 def runs_here(op, kernel, dtype):
     """Triton's kernels run anywhere: where there is no GPU, in the interpreter."""
-    return (kernel == "triton" and DEVICE == "cpu") or refusals(op, MACHINE, DTYPES[dtype])[kernel] is None
+    return (kernel in IN_TRITON and DEVICE == "cpu") or refusals(op, MACHINE, DTYPES[dtype])[kernel] is None
 
 
 def foreign(case, dtype):
@@ -39,6 +39,11 @@ def small(case):
     return not case.bench or DEVICE == "cuda"
 
 
+def quick(kernel, case, dtype):
+    """The interpreter takes minutes for prompts of which each token is a row, and it sums alike in any dtype."""
+    return kernel != "invariant" or DEVICE == "cuda" or (case.name != "chunks" and dtype == torch.float32)
+
+
 CASES = [
     pytest.param(name, info.name, case, dtype, id=f"{name}-{info.name}-{case.name}-{DTYPES[dtype]}")
     for name, kernels in inventory().items()
@@ -46,13 +51,13 @@ CASES = [
     if info.module is not None
     for case in filter(small, load_op(name).cases)
     for dtype in load_op(name).dtypes
-    if runs_here(name, info.name, dtype)
+    if runs_here(name, info.name, dtype) and quick(info.name, case, dtype)
 ]
 OUT = [
     (name, info.name)
     for name, kernels in inventory().items()
     for info in kernels
-    if info.module is not None and info.name == "triton"
+    if info.module is not None and info.name in IN_TRITON
     if "out" in inspect.signature(load_kernel(name, info.name).function).parameters
 ]
 

@@ -100,7 +100,7 @@ def test_a_tile_that_triton_refuses_is_unfit():
     trial = CallTrial(comparison, asked[0].place, {}, preferring())
     assert trial.difference((32, 4, 2)) is None
     with pytest.raises(Unfit, match="does not compile"):
-        trial.difference((24, 4, 2))
+        trial.difference((48, 4, 2))
     assert trial.difference((32, 4, 2)) is None
 
 

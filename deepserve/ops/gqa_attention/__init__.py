@@ -1,6 +1,6 @@
 """Grouped-query attention over a paged cache."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
+from deepserve.ops.inventory import INVARIANT, REFERENCE, KernelInfo, a_cpu, triton
 from deepserve.ops.native import NATIVE
 
-KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"), NATIVE, triton("tolerance"))
+KERNELS = (REFERENCE, KernelInfo("cpu", "cpu", a_cpu, "tolerance"), NATIVE, triton("tolerance"), INVARIANT)

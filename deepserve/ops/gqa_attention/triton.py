@@ -174,19 +174,28 @@ def _prefill_tile(is_amd: bool, wide: bool, dim: int) -> tuple[int, int, int, in
     return queries, keys, warps, 1 if wide or is_amd else 2
 
 
-def _decode(
-    q: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, window: int | None, out: torch.Tensor
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+    splits: int | None = None,
 ) -> None:
+    """q [B, N, D], all one-token rows; writes out. Without `splits`, as many and such tiles as suit the batch."""
     requests, heads, dim = q.shape
     block_size, kv_heads = cache.shape[2:4]
     group, size, found = heads // kv_heads, cache.element_size(), chip(cache.device)
-    keys, warps, stages = DECODE.choose(
-        found, _decode_tile(found.is_amd, size > 2 or dim > 128), heads=heads, kv_heads=kv_heads, dim=dim,
-        element_bytes=size, requests=requests,
-    )  # fmt: skip
+    tile = _decode_tile(found.is_amd, size > 2 or dim > 128)
+    if splits is None:
+        tile = DECODE.choose(
+            found, tile, heads=heads, kv_heads=kv_heads, dim=dim, element_bytes=size, requests=requests
+        )
+    keys, warps, stages = tile
     programs = kv_heads * triton.cdiv(group, HEADS)
     shared_bytes = (2 * stages * keys + HEADS) * dim * size + 4096
-    splits = num_splits(requests * programs, shared_bytes, cache.device)
+    splits = splits or num_splits(requests * programs, shared_bytes, cache.device)
     mixed, log_sums = out, None
     if splits > 1:
         mixed = torch.empty((requests, heads, splits, dim), dtype=torch.float32, device=cache.device)
@@ -212,7 +221,7 @@ def gqa_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     single, num_long = batch.num_single, len(batch.query_lens) - batch.num_single
     if single:
-        _decode(q[:single], cache, batch, scale, window, out[:single])
+        decode(q[:single], cache, batch, scale, window, out[:single])
     if num_long:
         _, heads, dim = q.shape
         block_size, kv_heads = cache.shape[2:4]

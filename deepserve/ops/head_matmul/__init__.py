@@ -1,7 +1,7 @@
 """Logits in fp32."""
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, triton
+from deepserve.ops.inventory import INVARIANT, REFERENCE, KernelInfo, triton
 from deepserve.ops.linear import needs_onednn
 from deepserve.ops.native import NATIVE
 
-KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), triton("tolerance"), NATIVE)
+KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), triton("tolerance"), NATIVE, INVARIANT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deepserve.ops.inventory import REFERENCE, KernelInfo, a_cpu, triton
+from deepserve.ops.inventory import INVARIANT, REFERENCE, KernelInfo, a_cpu, triton
 from deepserve.ops.native import NATIVE
 
 if TYPE_CHECKING:
@@ -21,4 +21,4 @@ def needs_onednn(hardware: Hardware, dtype: str) -> str | None:
     return a_cpu(hardware, dtype)
 
 
-KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), triton("tolerance"), NATIVE)
+KERNELS = (REFERENCE, KernelInfo("onednn", "onednn", needs_onednn, "tolerance"), triton("tolerance"), NATIVE, INVARIANT)

@@ -30,6 +30,7 @@ def _cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> C
         _case(1, 2304, 50, True),
         _case(1, 2048, 3648, False, bench=True),
         _case(32, 2048, 2048, False, bench=True),
+        _case(8192, 2048, 3648, False, bench=True),
     ),
     tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (2e-3, 2e-3)},
     cost=_cost,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deepserve.kv_cache.spec import EXPANDED_BYTES
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.merge_attention.triton import merge_attention
 from deepserve.ops.mla_attention.entries import Entries
@@ -13,11 +14,11 @@ from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.paged import LongRows, long_rows
-from deepserve.ops.split_context import HEADS, LOG2_E, SPLITS_AT_ONCE, combine, num_splits, part_of
+from deepserve.ops.split_context import FIXED_SPLITS, HEADS, LOG2_E, SPLITS_AT_ONCE, combine, num_splits, part_of
 from deepserve.runner.batch import Batch
 
+LARGEST_RANK = 512  # channels that a program multiplies in one go
 MANY_TOKENS = 64  # above it a batched product reads its inputs once, not once a tile
-EXPANDED_BYTES = 512 << 20  # of keys and values that are made from latents at a time
 FEW_REQUESTS = 4  # up to here parts are combined in the same kernel that multiplies with W_UV
 
 
@@ -355,11 +356,15 @@ def _prefill_tile(element_size: int, is_amd: bool) -> tuple[int, int, int, int]:
 
 def _head_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """x [T, N, IN] times weight [N, IN, OUT] for every head -> out [T, N, OUT], any strides in the first dimensions."""
-    (num_tokens, heads, size), columns = x.shape, weight.shape[2]
-    if num_tokens > MANY_TOKENS or size > 512:
+    if len(x) > MANY_TOKENS or x.shape[2] > LARGEST_RANK:
         torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
         return
-    m = 16 if num_tokens <= 16 else 32
+    head_product(x, weight, out, 16 if len(x) <= 16 else 32)
+
+
+def head_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, m: int) -> None:
+    """_head_product, m tokens a program; IN is at most LARGEST_RANK."""
+    (num_tokens, heads, size), columns = x.shape, weight.shape[2]
     _head_product_kernel[(triton.cdiv(num_tokens, m), heads, triton.cdiv(columns, 64))](
         x, weight, out, num_tokens, x.stride(0), x.stride(1), *weight.stride(), out.stride(0), out.stride(1), size,
         columns, _block(size), m, 64, num_warps=4, **overlap(x.device),
@@ -376,21 +381,53 @@ def decode(
     out: torch.Tensor,
 ) -> None:
     """q_latent [N, B, R], q_rope [B, N, P], all one-token rows; writes out [B, N, v]."""
+    latents, parts, keys = _mix(q_latent, q_rope, entries, batch, scale, None)
+    heads, requests, rank = q_latent.shape
+    if parts and requests <= FEW_REQUESTS:
+        (mixed, log_sums), v_dim, block = parts, w_uv.shape[1], 32
+        _mla_combine_value_kernel[(requests, heads, triton.cdiv(v_dim, block))](
+            mixed, log_sums, batch.seq_lens, w_uv, out, w_uv.stride(0), mixed.shape[2], rank, _block(rank), v_dim,
+            block, keys, 4 * SPLITS_AT_ONCE, num_warps=8, **overlap(out.device),
+        )  # fmt: skip
+        return
+    if parts:
+        combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None)
+    _head_product(latents.transpose(0, 1), w_uv.transpose(1, 2), out)
+
+
+def mix_in_parts(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, entries: Entries, batch: Batch, scale: float
+) -> torch.Tensor:
+    """What each row of q_latent [N, B, R] attends to [N, B, R], computed alike whatever the batch is."""
+    latents, parts, keys = _mix(q_latent, q_rope, entries, batch, scale, FIXED_SPLITS)
+    assert parts is not None
+    combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None)
+    return latents
+
+
+def _mix(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, entries: Entries, batch: Batch, scale: float, splits: int | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, int]:
+    """(latents [N, B, R] that the rows attend to; None, or what is still to be combined to them: fp32 [B, N, splits,
+    R], [B, N, splits]; keys of a tile). Without `splits`, as many and such tiles as suit the batch."""
     heads, requests, rank = q_latent.shape
     rope, device, size = entries.rope_dim, q_latent.device, q_latent.element_size()
     found = chip(device)
     head_tile = HEADS if heads <= HEADS or size > 2 else 32
-    keys, warps, stages = DECODE.choose(
-        found, _decode_tile(head_tile, size, found.is_amd, entries.scales is not None), heads=heads, requests=requests,
-        entry=rank + rope, element_bytes=entries.latents.element_size(),
-    )  # fmt: skip
+    tile = _decode_tile(head_tile, size, found.is_amd, entries.scales is not None)
+    if splits is None:
+        tile = DECODE.choose(
+            found, tile, heads=heads, requests=requests, entry=rank + rope,
+            element_bytes=entries.latents.element_size(),
+        )  # fmt: skip
+    keys, warps, stages = tile
     if entries.block_size % keys:  # addresses of entries of several blocks take twice the registers
         keys = max(keys // 2, 16)
     head_blocks = triton.cdiv(heads, head_tile)
     shared_bytes = stages * keys * entries.entry_bytes + head_tile * (rank + rope) * size + 4096
     if entries.scales is not None:
         shared_bytes += keys * rank * size  # the latents that are multiplied
-    splits = num_splits(requests * head_blocks, shared_bytes, device)
+    splits = splits or num_splits(requests * head_blocks, shared_bytes, device)
     mixed = latents = torch.empty_like(q_latent)
     log_sums = None
     if splits > 1:
@@ -403,16 +440,7 @@ def decode(
         entries.rope_width, entries.rope_at, entries.scale_width, entries.scale_at, head_tile, keys, splits == 1,
         num_warps=warps, num_stages=stages, **overlap(device),
     )  # fmt: skip
-    if log_sums is not None and requests <= FEW_REQUESTS:
-        v_dim, block = w_uv.shape[1], 32
-        _mla_combine_value_kernel[(requests, heads, triton.cdiv(v_dim, block))](
-            mixed, log_sums, batch.seq_lens, w_uv, out, w_uv.stride(0), splits, rank, _block(rank), v_dim, block, keys,
-            4 * SPLITS_AT_ONCE, num_warps=8, **overlap(device),
-        )  # fmt: skip
-        return
-    if log_sums is not None:
-        combine(mixed, log_sums, batch.seq_lens, latents.transpose(0, 1), keys, None)
-    _head_product(latents.transpose(0, 1), w_uv.transpose(1, 2), out)
+    return latents, None if log_sums is None else (mixed, log_sums), keys
 
 
 def _prefill(

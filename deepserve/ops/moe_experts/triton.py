@@ -455,15 +455,17 @@ def expert_rows(
     limit: float | None,
     shared: tuple[torch.Tensor, torch.Tensor] | None = None,
     hidden: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """[T * (K + S), H]: the unweighted outputs of each token's K experts, then those of all tokens' S shared ones.
 
     matrices [E, 2I, H] and [E, H, I]; shared [2SI, H] and [H, SI], of no more than MAX_CHOICES choices. `hidden`
-    [T * (K + S), I]: where what the shared experts make of their first product stands already.
+    [T * (K + S), I]: where what the shared experts make of their first product stands already. Without `tiles`, such as
+    suit the number of rows.
     """
     (num_tokens, top_k), (num_experts, hidden_size, width) = ids.shape, matrices[1].shape
     num_shared = shared[1].shape[1] // width if shared else 0
-    tiles = _tiles(x, ids, num_experts, (hidden_size, width))
+    tiles = tiles or _tiles(x, ids, num_experts, (hidden_size, width))
     constants, rows, table, num_slots = _slots(ids, num_experts, tiles.rows)
     columns, channels, warps, stages, described = tiles.gate_up
     down_columns, down_channels, down_warps, down_stages, down_described = tiles.down
@@ -497,12 +499,16 @@ def moe_experts(
     limit: float | None,
 ) -> torch.Tensor:
     """See spec.py."""
-    (num_tokens, hidden_size), top_k = x.shape, ids.shape[1]
-    y = expert_rows(x, (w_gate_up, w_down), ids, limit)
-    out = torch.empty((num_tokens, hidden_size), dtype=x.dtype, device=x.device)
+    return weigh_and_sum(expert_rows(x, (w_gate_up, w_down), ids, limit), weights)
+
+
+def weigh_and_sum(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """y [T * K, H], the experts' outputs, times weights [T, K], summed over K -> [T, H]."""
+    (num_tokens, top_k), hidden_size = weights.shape, y.shape[1]
+    out = torch.empty((num_tokens, hidden_size), dtype=y.dtype, device=y.device)
     block = min(next_power_of_two(hidden_size), 1024)
     _moe_sum_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        y, weights, out, top_k, hidden_size, block, num_warps=num_warps(block), **overlap(x.device)
+        y, weights, out, top_k, hidden_size, block, num_warps=num_warps(block), **overlap(y.device)
     )
     return out
 
