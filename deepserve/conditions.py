@@ -5,8 +5,7 @@ from __future__ import annotations
 from deepserve.architecture import Gqa, Mla
 from deepserve.facts import Facts
 from deepserve.kv_cache.spec import no_fp8
-
-LARGEST_RANK = 512  # channels of a latent that a kernel multiplies in one go: ops/mla_attention/triton.py
+from deepserve.ops.mla_attention import LARGEST_RANK
 
 
 def an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:

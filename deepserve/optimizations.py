@@ -49,7 +49,6 @@ class Row:
 
 
 FP8_CACHES = ("fp8", "fp8_e4m3")  # spellings of kv_cache_dtype
-_HOST_LENGTHS = (("fp8_kv_cache", "its attention looks at lengths on the host"),)  # in each of its kernels
 _BY_SIZE = (("batch_invariant", "its kernels suit the number of tokens, which decides how they sum"),)
 _PACKED = "packed_linear or native_kernels"
 _COMPILED = "triton_kernels or native_kernels"
@@ -63,8 +62,8 @@ def _fusion(op: str, sentence: str, *requires: str) -> Row:
 
 def _graphs(name: str, counter: str, sentence: str, requires: str = "triton_kernels", **more: Any) -> Row:
     return Row(
-        name, sentence, "tolerance", counter, needs=conditions.recordable, requires=(requires,), excludes=_HOST_LENGTHS,
-        replays=True, field="cudagraph_mode", means_on=lambda mode: name in MODES[mode], **more,
+        name, sentence, "tolerance", counter, needs=conditions.recordable, requires=(requires,), replays=True,
+        field="cudagraph_mode", means_on=lambda mode: name in MODES[mode], **more,
     )  # fmt: skip
 
 
@@ -186,7 +185,7 @@ TABLE = (
         replays=True,
         needs=conditions.replayable,
         requires=("native_kernels",),
-        excludes=_HOST_LENGTHS,
+        excludes=(("fp8_kv_cache", "its attention on a CPU looks at lengths on the host"),),
     ),
     Row(
         "fp8_linear",

@@ -64,7 +64,7 @@ def _needed(given: Sequence[int], limit: int) -> tuple[int, ...]:
 
 def _whole_sizes(limit: int) -> tuple[int, ...]:
     """1, 2, 4, then steps that grow with the size; the last is `limit`."""
-    return _up_to((1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, limit, 64)), limit)
+    return _up_to((1, 2, 4, *range(8, 128, 8), *range(128, 256, 32), *range(256, limit, 64)), limit)
 
 
 def _piece_sizes(limit: int) -> tuple[int, ...]:

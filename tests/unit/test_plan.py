@@ -392,7 +392,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
     assert made.memory.concurrency >= 1
 
 
-WHOLE = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+WHOLE = (1, 2, 4, *range(8, 128, 8), *range(128, 257, 32))
 PIECES = (1, 2, 4, 8, 16, 32, 64, 128, *range(256, 2049, 256))
 
 
@@ -425,9 +425,9 @@ def test_graph_modes_and_their_sizes(asked, mode, whole, pieces) -> None:
 
 
 def test_graphs_are_budgeted() -> None:
-    """What 29 sizes took on an H100 (0.3 GiB) is covered, and not by much more than twice."""
+    """What 29 sizes took on an H100 (0.3 GiB) is covered for the 35 of today, and not by much more than twice."""
     made = plan(hardware="h100", max_num_seqs=1024, cudagraph_mode="FULL_DECODE_ONLY")
-    assert len(made.graphs.whole) == 29
+    assert len(made.graphs.whole) == 35
     assert 0.3 * GIB < made.memory.graph_bytes < 0.7 * GIB
     without = plan(hardware="h100", max_num_seqs=1024, cudagraph_mode="NONE")
     assert without.num_blocks > made.num_blocks

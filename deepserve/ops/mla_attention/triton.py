@@ -9,6 +9,7 @@ import triton.language as tl
 from deepserve.kv_cache.spec import EXPANDED_BYTES
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.merge_attention.triton import merge_attention
+from deepserve.ops.mla_attention import LARGEST_RANK
 from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel
@@ -17,7 +18,6 @@ from deepserve.ops.paged import LongRows, long_rows
 from deepserve.ops.split_context import FIXED_SPLITS, HEADS, LOG2_E, SPLITS_AT_ONCE, combine, num_splits, part_of
 from deepserve.runner.batch import Batch
 
-LARGEST_RANK = 512  # channels that a program multiplies in one go
 MANY_TOKENS = 64  # above it a batched product reads its inputs once, not once a tile
 FEW_REQUESTS = 4  # up to here parts are combined in the same kernel that multiplies with W_UV
 
