@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from deepserve.architecture import Gqa
+from deepserve.conditions import no_lengths_on_the_host
 from deepserve.dtypes import TORCH_DTYPES
 from deepserve.engine.admission import RequestLimits
 from deepserve.engine.engine import Engine
@@ -47,7 +48,7 @@ from deepserve.runner.pieces import PiecewiseGraphs
 from deepserve.runner.recorded import RecordedSteps, TapeRecorder
 from deepserve.runner.rings import RingCopier
 from deepserve.runner.slots import Slots
-from deepserve.runner.warm_up import KERNEL_TOKENS, NUM_TOKENS, warm_up
+from deepserve.runner.warm_up import warm_up, warm_up_sizes
 from deepserve.sampling.grammar import Grammars
 from deepserve.sampling.sampler import Sampler
 from deepserve.scheduler.budget import StepLimits
@@ -115,12 +116,10 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     proposer = _proposer(plan.speculation, mtp, argmax, slots) if plan.speculation else None
     runner = ModelRunner(forward, logits, Sampler(argmax, sample), slots, proposer, rings)
     with phase("warm-up"):
-        num_tokens = min(plan.max_num_batched_tokens, plan.max_model_len - 1, plan.num_blocks * plan.block_size - 1)
-        for count in KERNEL_TOKENS if plan.device == "cuda" else (NUM_TOKENS,):
-            warm_up(runner, num_tokens, count)
+        _warm_up(plan, runner)
         if dense is not None:
             runner.forward = dense
-            warm_up(runner, num_tokens)
+            _warm_up(plan, runner)
             runner.forward = DenseWhereShort(dense, forward, _dense_length(plan), counters)
     if plan.optimizations["recorded_steps"]:
         with phase("recorded steps"):
@@ -138,6 +137,15 @@ def build_engine(plan: Plan, on_phase: OnPhase | None = None) -> Engine:
     if compiled is not None:
         compiled.start(counters)
     return engine
+
+
+def _warm_up(plan: Plan, runner: ModelRunner) -> None:
+    """A request; on a GPU also steps of every size that later compile nothing (where no kernel asks how long they are,
+    for those that do are PyTorch's)."""
+    warm_up(runner, min(plan.max_num_batched_tokens, plan.max_model_len - 1, plan.num_blocks * plan.block_size - 1))
+    if plan.device == "cuda" and no_lengths_on_the_host(plan.architecture) is None:
+        most = min(plan.max_num_batched_tokens, plan.max_num_seqs * (plan.max_model_len - 1))
+        warm_up_sizes(runner, replace(_limits(plan), padding_block=0), min(plan.max_num_seqs, most), most)
 
 
 def _record_steps(plan: Plan, forward: Forward, counters: Counter[str]) -> Forward:

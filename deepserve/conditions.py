@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from deepserve.architecture import Gqa, Mla
+from deepserve.architecture import Architecture, Gqa, Mla
 from deepserve.facts import Facts
-from deepserve.kv_cache.spec import no_fp8
-from deepserve.ops.mla_attention import LARGEST_RANK
+from deepserve.kv_cache.spec import LARGEST_RANK, no_fp8
 
 
 def an_fp8_checkpoint(facts: Facts, dtype: str) -> str | None:
@@ -58,7 +57,7 @@ def recordable(facts: Facts, dtype: str) -> str | None:
     """Kernels that look at lengths on the host, or wait for the device, cannot be recorded."""
     if facts.hardware.device == "cpu":
         return f"{facts.hardware.name} has no graphs"
-    return no_lengths_on_the_host(facts)
+    return no_lengths_on_the_host(facts.architecture)
 
 
 def launches_that_overlap(facts: Facts, dtype: str) -> str | None:
@@ -72,12 +71,12 @@ def replayable(facts: Facts, dtype: str) -> str | None:
     """On a CPU: a step is a list of calls of C functions."""
     if facts.hardware.device != "cpu":
         return "steps of a GPU are recorded by its own graphs"
-    return no_lengths_on_the_host(facts)
+    return no_lengths_on_the_host(facts.architecture)
 
 
-def no_lengths_on_the_host(facts: Facts) -> str | None:
+def no_lengths_on_the_host(architecture: Architecture) -> str | None:
     """The attention reads lengths on the device alone."""
-    attention = facts.architecture.attention
+    attention = architecture.attention
     if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
         return None
     return "the attention's kernels look at lengths on the host"

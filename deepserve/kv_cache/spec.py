@@ -15,6 +15,7 @@ FP8_ALIGNMENT = 16  # bytes that one thread of a kernel loads at once: entries o
 # What a GPU's attention makes of a cache's entries, at a time: keys and values of latents, and fp32 results of parts
 # of contexts where they do not depend on the batch.
 EXPANDED_BYTES, FIXED_BYTES = 512 << 20, 256 << 20
+LARGEST_RANK = 512  # channels of a latent that a GPU's program multiplies in one go
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,22 @@ class Comparison:
             self._prepare()
         with Poisoned():
             actual = self.call()
+        return self._judged(actual)
+
+    def difference_of_replay(self) -> str | None:
+        """The same of a call that a CUDA graph recorded, after `difference` has compiled what it launches."""
+        self._prepare()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = self.call()
+        written = {id(argument) for argument in self._arguments}
+        for result in actual if isinstance(actual, tuple) else (actual,):
+            if id(result) not in written:
+                poison(result)
+        graph.replay()
+        return self._judged(actual)
+
+    def _judged(self, actual: Any) -> str | None:
         tolerance = self._tolerance.get(self._dtype, (0.0, 0.0))
         changes = _changes(self._op, tolerance, self._expected_arguments, self._arguments)
         self._is_spoiled = self._is_spoiled or changes is not None

@@ -1,26 +1,85 @@
-"""A prefill and a decode step before the first request, so that it does not pay for lazy initialisation."""
+"""What is paid once is paid before the first request: lazy initialisation, and a GPU's kernels for steps of any size.
+
+What stays in the cache's first blocks is overwritten before anybody reads it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+
+from deepserve.runner.batch import Batch
 from deepserve.runner.model_runner import ModelRunner
+from deepserve.runner.padding import BatchLimits, PaddedRows
 from deepserve.sampling_params import SamplingParams
 from deepserve.scheduler.output import NewRow, ScheduledRow, ScheduledStep
 
 NUM_TOKENS = 32
-KERNEL_TOKENS = (32, 256, 1024, 2500, 3500, 8192)  # steps in which a GPU's kernels choose other shapes
 
 
-def warm_up(runner: ModelRunner, max_tokens: int, num_tokens: int = NUM_TOKENS) -> None:
-    """Runs a request of up to num_tokens tokens in slot 0 over the first blocks; the slot is left as it was found.
-
-    What stays in those blocks is overwritten before anybody reads it.
-    """
-    count = max(1, min(num_tokens, max_tokens))
+def warm_up(runner: ModelRunner, max_tokens: int) -> None:
+    """A prefill and a decode step of a request of up to NUM_TOKENS tokens; slot 0 is left as it was found."""
+    count = max(1, min(NUM_TOKENS, max_tokens))
     decodes = max_tokens > count
     blocks = list(range(-(-(count + decodes) // runner.slots.block_size)))
-    sampling = SamplingParams(seed=0, top_p=0.9) if num_tokens == NUM_TOKENS else SamplingParams(temperature=0)
-    new = NewRow([0] * count, count, sampling, ())
+    new = NewRow([0] * count, count, SamplingParams(seed=0, top_p=0.9), ())
     runner.execute(ScheduledStep(0, [ScheduledRow("warm-up", 0, count, 0, blocks, new, True)], [], count))
     if decodes:
         runner.execute(ScheduledStep(1, [ScheduledRow("warm-up", 0, 1, count, [], None, True)], [], 1))
     runner.slots.release(0)
+
+
+@torch.inference_mode()
+def warm_up_sizes(runner: ModelRunner, limits: BatchLimits, max_rows: int, max_tokens: int) -> None:
+    """Steps in which kernels choose other shapes, so that none is compiled later: of up to max_rows rows of one token,
+    of prompts of up to max_tokens tokens, and after the longest context. Logits and greedy tokens of as many rows."""
+    device = runner.slots.token_ids.device
+    rows = PaddedRows(max_rows, limits, device)
+    for size in _sizes(max_rows):
+        table = torch.zeros(size, 1, dtype=torch.int32, device=device)
+        seq_lens = torch.ones(size, dtype=torch.int32, device=device)
+        hidden = runner.forward(rows.batch(table, seq_lens, 1))
+        runner.sampler.most_probable(runner.logits(hidden))
+    longest = limits.max_model_len
+    for size in _sizes(max_tokens):
+        whole, rest = divmod(size, longest)
+        runner.forward(_prompts([longest] * whole + [rest] * (rest > 1), 0, limits, device))
+    if (count := min(NUM_TOKENS, max_tokens, longest - 1)) > 1:
+        runner.forward(_prompts([count], longest - count, limits, device))
+
+
+def _sizes(limit: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12 and so on, and `limit`: kernels choose by powers of two, or by tiles of these."""
+    size = 1
+    while size < limit:
+        yield size
+        if size > 1 and size * 3 // 2 < limit:
+            yield size * 3 // 2
+        size *= 2
+    yield limit
+
+
+def _prompts(lengths: list[int], context: int, limits: BatchLimits, device: torch.device) -> Batch:
+    """Requests with so many new tokens after a context of that many, all of them in block 0."""
+    if not lengths:
+        lengths = [1]
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths]) + context
+    zeros, ends = torch.zeros_like(positions), [length + context for length in lengths]
+    return Batch(
+        token_ids=zeros,
+        positions=positions,
+        slot_mapping=positions % limits.block_size,
+        block_table=torch.zeros(len(ends), -(-max(ends) // limits.block_size), dtype=torch.int32, device=device),
+        query_start=starts.int(),
+        seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+        ring_ids=torch.zeros(len(ends), dtype=torch.int64, device=device),
+        sample_idx=zeros[:0],
+        block_size=limits.block_size,
+        num_single=int(lengths == [1]),
+        max_query_len=max(lengths),
+        max_seq_len=max(ends),
+        query_lens=lengths,
+        context_lens=ends,
+    )

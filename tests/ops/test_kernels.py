@@ -8,7 +8,7 @@ import triton
 
 from deepserve.graph.rewrite import fused_ops, pattern
 from deepserve.hardware import this_machine
-from deepserve.ops.check import Poisoned, check, difference, poison
+from deepserve.ops.check import Comparison, Poisoned, check, difference, poison
 from deepserve.ops.inventory import IN_TRITON, inventory, refusals
 from deepserve.ops.load import load_kernel, load_op
 from deepserve.ops.op import Cost, Kernel
@@ -67,6 +67,19 @@ def test_kernel_equals_reference(op, kernel, case, dtype, seed):
     if foreign(case, dtype):
         pytest.skip(f"{FOREIGN_FP8[0]} is not a format of {MACHINE.name}, or of this Triton's interpreter")
     assert check(op, kernel, case, dtype, DEVICE, seed) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "op, kernel, case, dtype",
+    [one for one in CASES if one.values[1] in IN_TRITON and one.values[3] != torch.float32 and not one.values[2].bench],
+)
+def test_kernel_equals_reference_under_graphs(op, kernel, case, dtype, seed):
+    if foreign(case, dtype):
+        pytest.skip(f"{FOREIGN_FP8[0]} is not a format of {MACHINE.name}")
+    comparison = Comparison(op, kernel, case, dtype, DEVICE, seed)
+    assert comparison.difference() is None
+    assert comparison.difference_of_replay() is None
 
 
 @pytest.mark.parametrize("op, kernel", OUT)

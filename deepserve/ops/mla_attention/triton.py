@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.kv_cache.spec import EXPANDED_BYTES
+from deepserve.kv_cache.spec import EXPANDED_BYTES, LARGEST_RANK
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.merge_attention.triton import merge_attention
-from deepserve.ops.mla_attention import LARGEST_RANK
 from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.mla_attention.tiles import DECODE, PREFILL
 from deepserve.ops.op import Kernel

@@ -164,6 +164,12 @@ def _tile_of(
 
 
 @triton.jit
+def _is_half(tiles, slot, M: tl.constexpr):
+    """Whether half of a sorted tile's M rows are enough."""
+    return tl.load(tiles + slot * 4 + 2) - tl.load(tiles + slot * 4 + 1) <= M // 2
+
+
+@triton.jit
 def _load(pointers, mask, MASKED: tl.constexpr):
     """Masks cost instructions even where they are all true."""
     if MASKED:
@@ -240,6 +246,7 @@ def _moe_gate_up_kernel(
     K: tl.constexpr,
     CHOICES: tl.constexpr,
     REPEATS: tl.constexpr,  # an expert may have more rows than M
+    HALVES: tl.constexpr,  # an expert's last tile, where half as many rows are enough, has no more
     LIMIT: tl.constexpr,  # gate and up are clamped to it, unless None
     OVERLAP: tl.constexpr,
 ):
@@ -260,6 +267,14 @@ def _moe_gate_up_kernel(
                 x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
                 TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, LIMIT,
             )  # fmt: skip
+    elif HALVES and _is_half(tiles, slot, M):
+        _, few_flat, few_place, is_few, _ = _tile_of(
+            ids, tiles, slot, num_tokens, 0, MODE, TOP_K, EXPERTS, SHARED, M // 2, CHOICES
+        )
+        gate_up_tile(
+            x, weight, described, shared_weight, hidden, expert, few_flat, few_place, is_few, part, num_tokens,
+            x_stride, TOP_K, EXPERTS, SHARED, HIDDEN, WIDTH, M // 2, N, K, LIMIT,
+        )  # fmt: skip
     else:
         gate_up_tile(
             x, weight, described, shared_weight, hidden, expert, flat, place, is_row, part, num_tokens, x_stride,
@@ -328,6 +343,7 @@ def _moe_down_kernel(
     K: tl.constexpr,
     CHOICES: tl.constexpr,
     REPEATS: tl.constexpr,
+    HALVES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Who is whose has stood since before _moe_gate_up_kernel, the kernel before, began: it is read without waiting."""
@@ -352,6 +368,14 @@ def _moe_down_kernel(
                 hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
                 EXPERTS, SHARED, HIDDEN, WIDTH, M, N, K, AHEAD, OVERLAP,
             )  # fmt: skip
+    elif HALVES and _is_half(tiles, slot, M):
+        _, few_flat, few_place, is_few, _ = _tile_of(
+            ids, tiles, slot, num_tokens, 0, MODE, TOP_K, EXPERTS, SHARED, M // 2, CHOICES
+        )
+        _down_tile(
+            hidden, weight, described, shared_weight, out, expert, few_flat, few_place, is_few, part,
+            EXPERTS, SHARED, HIDDEN, WIDTH, M // 2, N, K, AHEAD, OVERLAP,
+        )  # fmt: skip
     else:
         _down_tile(
             hidden, weight, described, shared_weight, out, expert, flat, place, is_row, part,
@@ -472,6 +496,7 @@ def expert_rows(
     gate_up = matrices[0].view(2 * num_experts, width, hidden_size), [2, columns, channels]
     down = matrices[1].view(-1, width), [down_columns, down_channels]
     constants |= {"TOP_K": top_k, "EXPERTS": num_experts, "HIDDEN": hidden_size, "WIDTH": width, "M": tiles.rows}
+    constants["HALVES"] = table is not None and tiles.rows > 64  # fewer than 64 take no less time
     constants |= overlap(x.device)
     places = num_tokens * (top_k + num_shared)
     first_shared = 0 if hidden is not None else num_shared
