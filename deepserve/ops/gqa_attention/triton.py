@@ -116,9 +116,8 @@ def _gqa_prefill_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    request = first_request + tl.program_id(2)
-    head = tl.program_id(1)
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
+    head, request = tl.program_id(0), first_request + tl.program_id(1)
+    begin = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS  # the longest first, of all heads and requests
     query_begin = tl.load(query_start + request)
     query_len = tl.load(query_start + request + 1) - query_begin
     if begin >= query_len:
@@ -147,14 +146,14 @@ def _gqa_prefill_kernel(
         entry = cache + (slot * KV_HEADS + head // GROUP)[:, None] * DIM + channel[None, :]
         key = tl.load(entry, inside[:, None] & is_channel[None, :], 0.0)
         value = tl.load(entry + BLOCK_SIZE * KV_HEADS * DIM, inside[:, None] & is_channel[None, :], 0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         seen = place[None, :] <= position[:, None]
         if WINDOW is not None:
             seen = seen & (place[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-        top = tl.maximum(largest, tl.max(scores, 1))
+        top = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
         shift = tl.where(top == float("-inf"), 0.0, top)  # a row's window may begin after this tile
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * scale_log2 - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weights, 1)
         sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
@@ -230,7 +229,7 @@ def gqa_attention(
             found, _prefill_tile(found.is_amd, size > 2, dim), heads=heads, kv_heads=kv_heads, dim=dim,
             element_bytes=size, queries=longest,
         )  # fmt: skip
-        grid = (triton.cdiv(longest, rows), heads, num_long)
+        grid = (heads, num_long, triton.cdiv(longest, rows))
         _gqa_prefill_kernel[grid](
             q, cache, batch.block_table, batch.query_start, batch.seq_lens, out, scale * LOG2_E, q.stride(0),
             q.stride(1), batch.block_table.stride(0), single, kv_heads, heads // kv_heads, window, block_size, dim,

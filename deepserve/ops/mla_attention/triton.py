@@ -253,13 +253,12 @@ def _mla_prefill_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    request = tl.program_id(2)
-    head = tl.program_id(1).to(tl.int64)
+    head, request = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query_begin = tl.load(query_start + request)
     query_len = tl.load(query_start + request + 1) - query_begin
     context_begin = tl.load(context_start + request)
     num_keys = tl.load(context_start + request + 1) - context_begin
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
+    begin = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS  # the longest first, of all heads and requests
     if begin >= query_len:
         return
 
@@ -292,9 +291,9 @@ def _mla_prefill_kernel(
         k1 = _load(keys + key[None, :] * NOPE + nope[:, None], (nope < NOPE)[:, None], NOPE_CUT)
         k2 = _load(ropes + key[None, :] * entry_row + pair[:, None], (pair < ROPE)[:, None], ROPE_CUT)
         scores = tl.dot(q1, k1, input_precision="ieee")
-        scores = tl.dot(q2, k2, scores, input_precision="ieee") * scale_log2
-        top = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - top[:, None])
+        scores = tl.dot(q2, k2, scores, input_precision="ieee")
+        top = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - top[:, None])  # one instruction for both, before the exponential
         shrink = tl.exp2(largest - top)
         total = total * shrink + tl.sum(weights, 1)
         v = _load(values + key[:, None] * V + channel[None, :], (channel < V)[None, :], V_CUT)
@@ -306,14 +305,14 @@ def _mla_prefill_kernel(
         k1 = tl.load(keys + key[None, :] * NOPE + nope[:, None], inside[None, :] & (nope < NOPE)[:, None], 0.0)
         k2 = tl.load(ropes + key[None, :] * entry_row + pair[:, None], inside[None, :] & (pair < ROPE)[:, None], 0.0)
         scores = tl.dot(q1, k1, input_precision="ieee")
-        scores = tl.dot(q2, k2, scores, input_precision="ieee") * scale_log2
+        scores = tl.dot(q2, k2, scores, input_precision="ieee")
         seen = key[None, :] <= position[:, None]
         if PARTIAL:  # there are keys after these
             seen = seen & inside[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-        top = tl.maximum(largest, tl.max(scores, 1))
+        top = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
         shift = tl.where(top == float("-inf"), 0.0, top)  # of a slice that comes after a query: it sees nothing
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * scale_log2 - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(values + key[:, None] * V + channel[None, :], inside[:, None] & (channel < V)[None, :], 0.0)
@@ -457,7 +456,7 @@ def _prefill(
         found, _prefill_tile(size, found.is_amd), heads=heads, queries=rows.max_query_len, nope=nope, rope=rope,
         v=v_dim, element_bytes=size,
     )  # fmt: skip
-    _mla_prefill_kernel[(triton.cdiv(rows.max_query_len, tile), heads, len(rows.seq_lens))](
+    _mla_prefill_kernel[(heads, len(rows.seq_lens), triton.cdiv(rows.max_query_len, tile))](
         q_nope, q_rope, k_nope, k_rope, value, out, log_sums, rows.query_start, rows.context_start,
         rows.seq_lens, rows.offset, scale * LOG2_E, heads, q_nope.stride(0), q_nope.stride(1), q_rope.stride(0),
         q_rope.stride(1), len(k_rope), k_rope.stride(0), nope, rope, v_dim, _block(nope), _block(rope), _block(v_dim),
