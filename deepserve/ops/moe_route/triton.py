@@ -118,7 +118,7 @@ def route(
     groups = 1 if selection == "greedy" else num_groups
     size = num_experts // groups
     lanes = next_power_of_two(groups) * next_power_of_two(size)
-    rows = min(max(TILE // lanes, 1), next_power_of_two(num_rows))
+    rows = max(TILE // lanes, 1)  # however few there are: how lanes share a row, and so its sums, hangs on it
     weights = torch.empty((num_rows, top_k), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_rows, top_k), dtype=torch.int64, device=logits.device)
     _moe_route_kernel[(triton.cdiv(num_rows, rows),)](
