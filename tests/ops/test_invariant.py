@@ -4,8 +4,10 @@ numpy's, whose order is not ours)."""
 import pytest
 import torch
 
+from deepserve.hardware import this_machine
 from deepserve.ops.load import load_kernel
 from deepserve.ops.paged import make_batch
+from deepserve.ops.write_latent_fp8.spec import fp8_cache
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="the order of sums is that of a GPU's instructions"
@@ -58,6 +60,27 @@ def test_routes(scoring, generator):
     function = load_kernel("moe_route", "triton").function
     arguments = (None, 6, 1, 1, scoring, "greedy", True, 1.0)
     assert_same_rows(lambda first, last: torch.cat(function(logits[first:last], *arguments), 1), 3000)
+
+
+@pytest.mark.parametrize("op", ["write_latent_fp8", "rms_norm_rope_write_latent", "rms_norm_rope_write_latent_fp8"])
+def test_latents(op, generator):
+    a, weight = normal(generator, 3000, 32 + 512 + 64), normal(generator, 512)
+    positions, angles = torch.randint(50, (3000,), generator=generator).cuda(), torch.rand(50, 64).cuda()
+    own = torch.float8_e4m3fnuz if this_machine().arch == "gfx942" else torch.float8_e4m3fn
+    fp8 = (own,) if op.endswith("fp8") else ()
+    function = load_kernel(op, "triton").function
+
+    def compute(first, last):
+        slots, latent, key = torch.arange(last - first).cuda(), a[first:last, 32:544], a[first:last, 544:]
+        cache = fp8_cache(188, 16, 512, 128, "cuda").zero_() if fp8 else torch.zeros(188, 16, 576).to(a)
+        rest = cache, slots, *fp8
+        if op == "write_latent_fp8":
+            function(latent, key, *rest)
+        else:
+            function(latent, weight, 1e-6, key.unsqueeze(1), positions[first:last], angles, True, *rest)
+        return cache.view(3008, -1)[slots]
+
+    assert_same_rows(compute, 3000)
 
 
 @pytest.mark.parametrize("op", ["mla_attention", "gqa_attention"])

@@ -17,7 +17,9 @@ def _cost(token_ids: torch.Tensor, weight: torch.Tensor) -> Cost:
         case(Ids(17, (1,)), (17, 64)),
         case(Ids(33, (9,)), (33, 100)),
         case(Ids(11, (3,)), (11, 2048)),
+        case(Ids(50, (300,)), (50, 72)),
         case(Ids(129280, (4096,)), (129280, 1024), bench=True),
+        case(Ids(129280, (32768,)), (129280, 1024), bench=True),
     ),
     cost=_cost,
 )

@@ -38,6 +38,7 @@ def scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
         _case("v4", 33, 256, 6, 1, 1, "sqrtsoftplus", "greedy", True, 1.5, bias=True),
         _case("mixtral", 7, 8, 2, 1, 1, "softmax", "greedy", True, 1.0),
         _case("v3_4096", 4096, 256, 8, 8, 4, "sigmoid", "group_top2", True, 2.5, bias=True),
+        _case("v3_32768", 32768, 256, 8, 8, 4, "sigmoid", "group_top2", True, 2.5, bias=True),
     ),
     tolerance={torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-5, 1e-6), torch.float16: (1e-5, 1e-6)},
     cost=_cost,

@@ -30,8 +30,16 @@ def scale_of(grouped, LARGEST: tl.constexpr, FLOOR: tl.constexpr, POWER_OF_TWO: 
 
 @triton.jit
 def to_fp8(grouped, scale, LARGEST: tl.constexpr, dtype: tl.constexpr):
-    """grouped / scale, clamped to the format's range and rounded to nearest even."""
-    scaled = tl.div_rn(grouped, tl.broadcast_to(scale, grouped.shape))
+    """grouped / scale, clamped to the format's range and rounded to nearest even.
+
+    The quotient is div_rn's, by its own last steps (Markstein 1990): a product with the reciprocal, and what is left of
+    it added. div_rn itself finds a reciprocal for each element, and branches, which keeps all others waiting. Nothing
+    overflows, and what could be lost below fp32's least numbers is far below FP8's.
+    """
+    inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), grouped.shape)
+    near = grouped * inverse
+    left = tl.fma(-near, tl.broadcast_to(scale, grouped.shape), grouped)
+    scaled = tl.fma(left, inverse, near)
     return tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST).to(dtype)
 
 

@@ -22,6 +22,7 @@ def _cost(x: torch.Tensor, weight: torch.Tensor, eps: float, group: int, *_: Any
         case((3, 1536), (1536,), 1e-6, 128, True, FP8[0]),
         case((2, 512), (512,), 1e-6, 128, False, FP8[1]),
         case((4096, 7168), (7168,), 1e-6, 128, False, FP8[0], bench=True),
+        case((32768, 7168), (7168,), 1e-6, 128, False, FP8[0], bench=True),
     ),
     tolerance=TOLERANCE,
     cost=_cost,

@@ -49,8 +49,10 @@ def _cost(latent: torch.Tensor, weight: torch.Tensor, eps: float, k_rope: torch.
         _case(1, 64, 16, True, FP8[0]),
         _case(7, 96, 24, False, FP8[0]),
         _case(5, 512, 64, True, FP8[1]),
+        _case(1030, 512, 16, True, FP8[0]),
         _case(4096, 512, 64, True, FP8[0], bench=True),
         _case(4096, 512, 64, True, FP8[1], bench=True),
+        _case(32768, 512, 64, True, FP8[0], bench=True),
     ),
     # A norm that is rounded to the other side may move a value by an FP8 step: 2^-3 of it, or one subnormal step, which
     # twice the scale of the largest latents of these cases makes 2^-13.

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from deepserve.ops.op import Case, Cost, op
+from deepserve.ops.op import Case, Cost, normal, op
 
 
 def _case(rows: int, heads: int, dim: int, block_size: int, bench: bool = False) -> Case:
     def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         num_blocks = 3 + rows // block_size
-        k, v = (torch.randn(rows, heads, dim, generator=generator).to(device, dtype) for _ in range(2))
-        cache = torch.randn(num_blocks, 2, block_size, heads, dim, generator=generator).to(device, dtype)
+        k, v = (normal(generator, (rows, heads, dim), dtype, device) for _ in range(2))
+        cache = normal(generator, (num_blocks, 2, block_size, heads, dim), dtype, device)
         slots = torch.randperm(num_blocks * block_size, generator=generator)[:rows].to(device)
         return k, v, cache, slots
 
@@ -25,7 +25,12 @@ def _cost(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping: t
 
 
 @op(
-    cases=(_case(1, 2, 16, 4), _case(37, 3, 64, 16), _case(4096, 8, 128, 16, bench=True)),
+    cases=(
+        _case(1, 2, 16, 4),
+        _case(37, 3, 64, 16),
+        _case(4096, 8, 128, 16, bench=True),
+        _case(32768, 8, 128, 16, bench=True),
+    ),
     tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), (0.0, 0.0)),
     cost=_cost,
     writes=("cache",),

@@ -23,7 +23,17 @@ def _cost(latent: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor)
     return Cost(nbytes(latent, slot_mapping) + latent.numel() * cache.element_size(), 0)
 
 
-@op(writes=("cache",), cases=(_case(1, 576, 3, 16), _case(7, 100, 4, 8), _case(4096, 576, 512, 64, True)), cost=_cost)
+@op(
+    writes=("cache",),
+    cases=(
+        _case(1, 576, 3, 16),
+        _case(7, 100, 4, 8),
+        _case(37, 576, 3, 16),
+        _case(4096, 576, 512, 64, bench=True),
+        _case(32768, 576, 1024, 64, bench=True),
+    ),
+    cost=_cost,
+)
 def write_latent(latent: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
     """latent [T, R + P] (last dimension contiguous), cache [num_blocks, block_size, R + P] contiguous, slot_mapping [T]
     int64 (block * block_size + offset, all different) -> cache, with entry slot_mapping[t] set to latent[t], cast to

@@ -1,4 +1,4 @@
-"""write_latent in Triton: one program a token."""
+"""write_latent in Triton: entries in pieces that a thread copies at once, so that none of their 576 lanes is idle."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import next_power_of_two, num_warps
+from deepserve.ops.launch import copy_tile, vector_size
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"])
 def _write_latent_kernel(
-    latent, cache, slot_mapping, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    latent,  # [T, WIDTH] at row stride row_stride
+    cache,  # [slots, WIDTH]
+    slot_mapping,
+    num_vectors,  # of all tokens
+    row_stride,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK)
-    slot = tl.load(slot_mapping + token)
-    entry = tl.load(latent + token * row_stride + channel, channel < WIDTH)
-    tl.store(cache + slot * WIDTH + channel, entry.to(cache.dtype.element_ty), channel < WIDTH)
+    row_vectors: tl.constexpr = WIDTH // VECTOR
+    vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = vector < num_vectors
+    token = (vector // row_vectors).to(tl.int64)
+    channel = (vector % row_vectors * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    slot = tl.load(slot_mapping + token, mask, 0)
+    piece = tl.load(latent + (token * row_stride)[:, None] + channel, mask[:, None])
+    tl.store(cache + (slot * WIDTH)[:, None] + channel, piece.to(cache.dtype.element_ty), mask[:, None])
 
 
 def write_latent(latent: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
     """See spec.py."""
     num_tokens, width = latent.shape
-    block = next_power_of_two(width)
-    _write_latent_kernel[(num_tokens,)](
-        latent, cache, slot_mapping, latent.stride(0), width, block, num_warps=num_warps(block),
+    vector = vector_size(width)
+    num_vectors = num_tokens * width // vector
+    block, warps = copy_tile(num_vectors)
+    _write_latent_kernel[(triton.cdiv(num_vectors, block),)](
+        latent, cache, slot_mapping, num_vectors, latent.stride(0), width, vector, block, num_warps=warps,
         **overlap(latent.device),
     )  # fmt: skip
     return cache

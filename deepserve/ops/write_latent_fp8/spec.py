@@ -71,8 +71,10 @@ def _cost(latent: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, *rest
         _case(1, 512, 64, FP8[0]),
         _case(7, 96, 24, FP8[0]),
         _case(5, 512, 64, FP8[1]),
+        _case(1030, 512, 16, FP8[0]),
         _case(4096, 512, 64, FP8[0], bench=True),
         _case(4096, 512, 64, FP8[1], bench=True),
+        _case(32768, 512, 64, FP8[0], bench=True),
     ),
     cost=_cost,
 )

@@ -1,4 +1,4 @@
-"""write_latent_fp8 in Triton: a program a token, from its channels to the bytes of its entry."""
+"""write_latent_fp8 in Triton: a warp takes a token, from its channels to the bytes of its entry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import next_power_of_two, num_warps
+from deepserve.ops.launch import next_power_of_two, num_warps, tokens_a_program
 from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
@@ -15,19 +15,19 @@ from deepserve.ops.quant_fp8.triton import scale_of, to_fp8
 
 
 @triton.jit
-def write_entry(
-    wide, channel, slot, latents, scales,
+def write_entries(
+    wide, channel, slot, is_token, latents, scales,
     LATENT_WIDTH: tl.constexpr, SCALE_WIDTH: tl.constexpr, SCALE_AT: tl.constexpr, RANK: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """wide fp32 [1, channels]: a token's latent, into the entry of its slot with its scale."""
+    """wide fp32 [TOKENS, channels]: tokens' latents, into the entries of their slots [TOKENS, 1] with a scale each."""
     scale = scale_of(wide, LARGEST, FLOOR, True)
     values = to_fp8(wide, scale, LARGEST, latents.dtype.element_ty)
-    tl.store(latents + slot * LATENT_WIDTH + channel, values, channel < RANK)
-    tl.store(scales + slot * SCALE_WIDTH + SCALE_AT + tl.zeros((1, 1), tl.int32), scale)
+    tl.store(latents + slot * LATENT_WIDTH + channel, values, is_token & (channel < RANK))
+    tl.store(scales + slot * SCALE_WIDTH + SCALE_AT, scale, is_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_latent_fp8_kernel(
     latent,  # [T, RANK] at row stride latent_stride
     k_rope,  # [T, DIM] at row stride rope_stride
@@ -35,6 +35,7 @@ def _write_latent_fp8_kernel(
     ropes,
     scales,
     slot_mapping,
+    num_tokens,
     latent_stride,
     rope_stride,
     LATENT_WIDTH: tl.constexpr,
@@ -46,19 +47,23 @@ def _write_latent_fp8_kernel(
     FLOOR: tl.constexpr,
     RANK: tl.constexpr,
     DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    is_token = token < num_tokens
+    slot = tl.load(slot_mapping + token, is_token, 0)
     channel = tl.arange(0, RANK_BLOCK)[None, :]
-    wide = tl.load(latent + token * latent_stride + channel, channel < RANK, 0.0).to(tl.float32)
-    write_entry(wide, channel, slot, latents, scales, LATENT_WIDTH, SCALE_WIDTH, SCALE_AT, RANK, LARGEST, FLOOR)
-    pair = tl.arange(0, DIM_BLOCK)
-    rope = tl.load(k_rope + token * rope_stride + pair, pair < DIM)
-    tl.store(ropes + slot * ROPE_WIDTH + ROPE_AT + pair, rope, pair < DIM)
+    wide = tl.load(latent + token * latent_stride + channel, is_token & (channel < RANK), 0.0).to(tl.float32)
+    pair = tl.arange(0, DIM_BLOCK)[None, :]
+    rope = tl.load(k_rope + token * rope_stride + pair, is_token & (pair < DIM))
+    tl.store(ropes + slot * ROPE_WIDTH + ROPE_AT + pair, rope, is_token & (pair < DIM))
+    write_entries(
+        wide, channel, slot, is_token, latents, scales, LATENT_WIDTH, SCALE_WIDTH, SCALE_AT, RANK, LARGEST, FLOOR
+    )
 
 
 def write_latent_fp8(
@@ -67,10 +72,11 @@ def write_latent_fp8(
     """See spec.py."""
     (num_tokens, rank), dim = latent.shape, k_rope.shape[1]
     to, block = Entries.in_fp8(cache, rank, dim, k_rope.dtype, fp8), next_power_of_two(rank)
-    _write_latent_fp8_kernel[(num_tokens,)](
-        latent, k_rope, to.latents, to.ropes, to.scales, slot_mapping, latent.stride(0), k_rope.stride(0),
+    tokens = tokens_a_program(num_tokens, block, latent.device)
+    _write_latent_fp8_kernel[(triton.cdiv(num_tokens, tokens),)](
+        latent, k_rope, to.latents, to.ropes, to.scales, slot_mapping, num_tokens, latent.stride(0), k_rope.stride(0),
         to.latent_width, to.rope_width, to.rope_at, to.scale_width, to.scale_at, torch.finfo(fp8).max, FLOOR, rank, dim,
-        block, next_power_of_two(dim), num_warps=num_warps(block), **overlap(latent.device),
+        tokens, block, next_power_of_two(dim), num_warps=num_warps(tokens * block), **overlap(latent.device),
     )  # fmt: skip
     return cache
 
