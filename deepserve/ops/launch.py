@@ -15,7 +15,7 @@ from deepserve.hardware import architecture, gpu_name
 
 ELEMENTS_A_THREAD = 16  # of 16 bits: two loads of 16 bytes, enough in flight to hide memory's latency
 SMALLEST_TILE = 1024  # elements below which a program costs more to start than to run
-ENOUGH_PROGRAMS = 256  # two a multiprocessor: more of them only if each has much to do
+COPIED_VECTORS, COPY_WARPS = 256, 4  # of a program that copies rows, of as many tokens as there are in its vectors
 LANES = 32  # of a warp; an AMD wavefront has 64, and then a thread takes half as much
 
 
@@ -39,21 +39,6 @@ def row_tile(size: int) -> tuple[int, int, int]:
 def vector_size(size: int) -> int:
     """Elements of a row of `size` that a thread moves at once: 8, of 16 bits 16 bytes, or what divides the row."""
     return gcd(size, 8)
-
-
-def copy_tile(num_vectors: int) -> tuple[int, int]:
-    """(vectors, warps) of a program that copies rows, of as many tokens as there are in its vectors: small programs
-    start and end sooner, and with many tokens it is large ones that keep enough in flight.
-    """
-    return (512, 4) if num_vectors >= 512 * ENOUGH_PROGRAMS else (128, 2)
-
-
-def tokens_a_program(num_tokens: int, block: int, device: torch.device) -> int:
-    """Of a program that reduces each token's `block` channels within a warp: several where there are many, if lanes
-    share a row out alike then, 16 channels each, so that a token's bits do not depend on how many there are.
-    """
-    alike = block == LANES * ELEMENTS_A_THREAD and not chip(device).is_amd
-    return 4 if alike and num_tokens >= 4 * ENOUGH_PROGRAMS else 1
 
 
 @dataclass(frozen=True, slots=True)

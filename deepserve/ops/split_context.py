@@ -92,10 +92,14 @@ def combine(
     out: torch.Tensor,
     keys: int,
     window: int | None,
+    is_fixed: bool,
 ) -> None:
-    """mixed fp32 [B, N, splits, D], log_sums fp32 [B, N, splits] of part_of's parts -> out [B, N, D], any strides."""
+    """mixed fp32 [B, N, splits, D], log_sums fp32 [B, N, splits] of part_of's parts -> out [B, N, D], any strides.
+
+    is_fixed: parts are added up in the same order however many rows there are.
+    """
     requests, heads, splits, size = mixed.shape
-    few = requests * heads < chip(mixed.device).num_multiprocessors
+    few = not is_fixed and requests * heads < chip(mixed.device).num_multiprocessors
     block = min(next_power_of_two(size), 128 if few else 512)
     _combine_kernel[(requests, heads, triton.cdiv(size, block))](
         mixed, log_sums, seq_lens, out, out.stride(0), out.stride(1), splits, size, block, keys, window, SPLITS_AT_ONCE,

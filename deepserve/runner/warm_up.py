@@ -33,7 +33,8 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
 @torch.inference_mode()
 def warm_up_sizes(runner: ModelRunner, limits: BatchLimits, max_rows: int, max_tokens: int) -> None:
     """Steps in which kernels choose other shapes, so that none is compiled later: of up to max_rows rows of one token,
-    of prompts of up to max_tokens tokens, and after the longest context. Logits and greedy tokens of as many rows."""
+    alone and beside a prompt, of prompts of up to max_tokens tokens, and after the longest context; logits and greedy
+    tokens of as many rows."""
     device = runner.slots.token_ids.device
     rows = PaddedRows(max_rows, limits, device)
     for size in _sizes(max_rows):
@@ -42,26 +43,28 @@ def warm_up_sizes(runner: ModelRunner, limits: BatchLimits, max_rows: int, max_t
         hidden = runner.forward(rows.batch(table, seq_lens, 1))
         runner.sampler.most_probable(runner.logits(hidden))
     longest = limits.max_model_len
+    count = min(NUM_TOKENS, max_tokens, longest - 1)
+    for size in _sizes(min(max_rows - 1, max_tokens - count)) if count > 1 else ():
+        runner.forward(_prompts([1] * size + [count], 0, limits, device))
     for size in _sizes(max_tokens):
         whole, rest = divmod(size, longest)
         runner.forward(_prompts([longest] * whole + [rest] * (rest > 1), 0, limits, device))
-    if (count := min(NUM_TOKENS, max_tokens, longest - 1)) > 1:
+    if count > 1:
         runner.forward(_prompts([count], longest - count, limits, device))
 
 
 def _sizes(limit: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12 and so on, and `limit`: kernels choose by powers of two, or by tiles of these."""
+    """The powers of two below `limit`, and it: kernels choose by these, or by numbers of tiles of these."""
     size = 1
     while size < limit:
         yield size
-        if size > 1 and size * 3 // 2 < limit:
-            yield size * 3 // 2
         size *= 2
-    yield limit
+    if limit > 0:
+        yield limit
 
 
 def _prompts(lengths: list[int], context: int, limits: BatchLimits, device: torch.device) -> Batch:
-    """Requests with so many new tokens after a context of that many, all of them in block 0."""
+    """Requests with so many new tokens, ones first, after a context of that many, all of them in block 0."""
     if not lengths:
         lengths = [1]
     starts = torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -77,7 +80,7 @@ def _prompts(lengths: list[int], context: int, limits: BatchLimits, device: torc
         ring_ids=torch.zeros(len(ends), dtype=torch.int64, device=device),
         sample_idx=zeros[:0],
         block_size=limits.block_size,
-        num_single=int(lengths == [1]),
+        num_single=lengths.count(1),
         max_query_len=max(lengths),
         max_seq_len=max(ends),
         query_lens=lengths,

@@ -34,9 +34,11 @@ def test_sizes_come_by_and_leave_nothing(family, tmp_path) -> None:
     warm_up_sizes(runner, BatchLimits(llm.plan.block_size, 64, 0), 6, 150)
     runner.forward = forward
     rows = [len(batch.query_lens) for batch in batches if set(batch.query_lens) == {1}]
-    assert rows == [1, 2, 3, 4, 6, 1]
-    prompts = [batch.query_lens for batch in batches if batch.max_query_len > 1]
-    assert [sum(lengths) for lengths in prompts] == [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 150, 32]
+    assert rows == [1, 2, 4, 6, 1]
+    mixed = [batch.query_lens for batch in batches if {1, 32} == set(batch.query_lens)]
+    assert mixed == [[1] * count + [32] for count in (1, 2, 4, 5)]
+    prompts = [batch.query_lens for batch in batches if 1 not in batch.query_lens]
+    assert [sum(lengths) for lengths in prompts] == [2, 4, 8, 16, 32, 64, 128, 150, 32]
     assert max(map(max, prompts)) == 64 and batches[-1].context_lens == [64]
     for batch in batches:
         assert batch.num_single == sum(length == 1 for length in batch.query_lens)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import copy_tile, vector_size
+from deepserve.ops.launch import COPIED_VECTORS, COPY_WARPS, vector_size
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
@@ -40,9 +40,16 @@ def embedding(token_ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor |
     out = torch.empty((num_tokens, size), dtype=weight.dtype, device=weight.device) if out is None else out
     vector = vector_size(size)
     num_vectors = num_tokens * size // vector
-    block, warps = copy_tile(num_vectors)
-    _embedding_kernel[(triton.cdiv(num_vectors, block),)](
-        token_ids, weight, out, num_vectors, size, vector, block, num_warps=warps, **overlap(token_ids.device)
+    _embedding_kernel[(triton.cdiv(num_vectors, COPIED_VECTORS),)](
+        token_ids,
+        weight,
+        out,
+        num_vectors,
+        size,
+        vector,
+        COPIED_VECTORS,
+        num_warps=COPY_WARPS,
+        **overlap(token_ids.device),
     )
     return out
 

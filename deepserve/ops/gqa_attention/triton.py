@@ -192,6 +192,7 @@ def decode(
             found, tile, heads=heads, kv_heads=kv_heads, dim=dim, element_bytes=size, requests=requests
         )
     keys, warps, stages = tile
+    is_fixed = splits is not None
     programs = kv_heads * triton.cdiv(group, HEADS)
     shared_bytes = (2 * stages * keys + HEADS) * dim * size + 4096
     splits = splits or num_splits(requests * programs, shared_bytes, cache.device)
@@ -205,7 +206,7 @@ def decode(
         keys, splits == 1, num_warps=warps, num_stages=stages, **overlap(cache.device),
     )  # fmt: skip
     if log_sums is not None:
-        combine(mixed, log_sums, batch.seq_lens, out, keys, window)
+        combine(mixed, log_sums, batch.seq_lens, out, keys, window, is_fixed)
 
 
 def gqa_attention(

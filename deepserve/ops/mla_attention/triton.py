@@ -389,7 +389,7 @@ def decode(
         )  # fmt: skip
         return
     if parts:
-        combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None)
+        combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None, is_fixed=False)
     _head_product(latents.transpose(0, 1), w_uv.transpose(1, 2), out)
 
 
@@ -399,7 +399,7 @@ def mix_in_parts(
     """What each row of q_latent [N, B, R] attends to [N, B, R], computed alike whatever the batch is."""
     latents, parts, keys = _mix(q_latent, q_rope, entries, batch, scale, FIXED_SPLITS)
     assert parts is not None
-    combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None)
+    combine(*parts, batch.seq_lens, latents.transpose(0, 1), keys, None, is_fixed=True)
     return latents
 
 

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import next_power_of_two, num_warps, tokens_a_program
+from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
+
+TOKENS = 2  # of a program, however many there are: what one of them adds up in which order hangs on it
 
 
 @triton.jit
@@ -86,11 +88,9 @@ def rms_norm_rope_write_latent(
     """See spec.py. Rows of latent and k_rope may be strided."""
     num_tokens, rank = latent.shape
     dim, block = k_rope.shape[2], next_power_of_two(rank)
-    # All of a program's tokens in one warp: of several, two would share a token, and add it up in another order.
-    tokens = tokens_a_program(num_tokens, block, latent.device)
-    _rms_norm_rope_write_latent_kernel[(triton.cdiv(num_tokens, tokens),)](
+    _rms_norm_rope_write_latent_kernel[(triton.cdiv(num_tokens, TOKENS),)](
         latent, weight, eps, k_rope, positions, cos_sin, cache, slot_mapping, num_tokens, latent.stride(0),
-        k_rope.stride(0), interleaved, rank, dim, tokens, block, next_power_of_two(dim // 2),
+        k_rope.stride(0), interleaved, rank, dim, TOKENS, block, next_power_of_two(dim // 2),
         num_warps=num_warps(block), **overlap(latent.device),
     )  # fmt: skip
     return cache

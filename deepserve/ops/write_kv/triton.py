@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import copy_tile, vector_size
+from deepserve.ops.launch import COPIED_VECTORS, COPY_WARPS, vector_size
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
@@ -50,10 +50,9 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slot_mapping
     num_heads, dim = k.shape[1:]
     vector = vector_size(dim)
     num_vectors = k.numel() // vector
-    block, warps = copy_tile(num_vectors)
-    _write_kv_kernel[(triton.cdiv(num_vectors, block),)](
+    _write_kv_kernel[(triton.cdiv(num_vectors, COPIED_VECTORS),)](
         k, v, cache, slot_mapping, num_vectors, k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.shape[2],
-        num_heads, dim, vector, block, num_warps=warps, **overlap(k.device),
+        num_heads, dim, vector, COPIED_VECTORS, num_warps=COPY_WARPS, **overlap(k.device),
     )  # fmt: skip
     return cache
 

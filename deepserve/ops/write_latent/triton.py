@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import copy_tile, vector_size
+from deepserve.ops.launch import COPIED_VECTORS, COPY_WARPS, vector_size
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 
@@ -39,9 +39,8 @@ def write_latent(latent: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.
     num_tokens, width = latent.shape
     vector = vector_size(width)
     num_vectors = num_tokens * width // vector
-    block, warps = copy_tile(num_vectors)
-    _write_latent_kernel[(triton.cdiv(num_vectors, block),)](
-        latent, cache, slot_mapping, num_vectors, latent.stride(0), width, vector, block, num_warps=warps,
+    _write_latent_kernel[(triton.cdiv(num_vectors, COPIED_VECTORS),)](
+        latent, cache, slot_mapping, num_vectors, latent.stride(0), width, vector, COPIED_VECTORS, num_warps=COPY_WARPS,
         **overlap(latent.device),
     )  # fmt: skip
     return cache

@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from deepserve.ops.launch import next_power_of_two, num_warps, tokens_a_program
+from deepserve.ops.launch import next_power_of_two, num_warps
 from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.op import Kernel
 from deepserve.ops.overlap import overlap, wait
 from deepserve.ops.quant_fp8.spec import FLOOR
 from deepserve.ops.quant_fp8.triton import scale_of, to_fp8
+
+TOKENS = 4  # of a program, a warp each
 
 
 @triton.jit
@@ -72,11 +74,10 @@ def write_latent_fp8(
     """See spec.py."""
     (num_tokens, rank), dim = latent.shape, k_rope.shape[1]
     to, block = Entries.in_fp8(cache, rank, dim, k_rope.dtype, fp8), next_power_of_two(rank)
-    tokens = tokens_a_program(num_tokens, block, latent.device)
-    _write_latent_fp8_kernel[(triton.cdiv(num_tokens, tokens),)](
+    _write_latent_fp8_kernel[(triton.cdiv(num_tokens, TOKENS),)](
         latent, k_rope, to.latents, to.ropes, to.scales, slot_mapping, num_tokens, latent.stride(0), k_rope.stride(0),
         to.latent_width, to.rope_width, to.rope_at, to.scale_width, to.scale_at, torch.finfo(fp8).max, FLOOR, rank, dim,
-        tokens, block, next_power_of_two(dim), num_warps=num_warps(tokens * block), **overlap(latent.device),
+        TOKENS, block, next_power_of_two(dim), num_warps=num_warps(TOKENS * block), **overlap(latent.device),
     )  # fmt: skip
     return cache
 
