@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from deepserve.errors import AskError
 from deepserve.sampling_params import SamplingParams
+from deepserve.transfer import send
 
 
 class Edits:
-    """One request's edits, checked against the vocabulary and put on the device once, when it enters a slot."""
+    """One request's edits, checked against the vocabulary and put on the device once, when it enters a slot.
+
+    To apply them the host looks at no value of the device, and waits for nothing: numbers go along as arguments.
+    """
 
     def __init__(
         self, sampling: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device | str
     ):
         check_ids(sampling, vocab_size)
 
-        def ids(values: Sequence[int]) -> torch.Tensor | None:
-            return torch.tensor(sorted(set(values)), dtype=torch.int64, device=device) if values else None
+        def there(values: Sequence[float], dtype: type) -> torch.Tensor:
+            return send(np.array(values, dtype), torch.device(device))
+
+        def ids(values: Iterable[int]) -> torch.Tensor | None:
+            return there(found, np.int64) if (found := sorted(set(values))) else None
 
         ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)]
         self.min_tokens = sampling.min_tokens
@@ -28,24 +36,27 @@ class Edits:
         self.allowed_ids = ids(sampling.allowed_token_ids or ())
         bias = sorted(sampling.logit_bias.items())
         self.bias_ids = ids([token for token, _ in bias])
-        self.bias = torch.tensor([value for _, value in bias], dtype=torch.float32, device=device)
-        self.bad_words = sampling.bad_words_ids
-        self.tail_length = max((len(word) - 1 for word in self.bad_words), default=0)
+        self.bias = there([value for _, value in bias], np.float32)
+        self.bad_ids = ids(word[0] for word in sampling.bad_words_ids if len(word) == 1)
+        longer = [word for word in sampling.bad_words_ids if len(word) > 1]
+        self.bad_ends = [(there(word[:-1], np.int64), word[-1]) for word in longer]
 
     def __bool__(self) -> bool:
-        kinds = (self.end_ids, self.allowed_ids, self.bias_ids)
-        return any(kind is not None for kind in kinds) or bool(self.bad_words)
+        kinds = (self.end_ids, self.allowed_ids, self.bias_ids, self.bad_ids)
+        return any(kind is not None for kind in kinds) or bool(self.bad_ends)
 
-    def apply(self, logits: torch.Tensor, num_output_tokens: int, tail: list[int]) -> None:
-        """Edits one row [V] in place. `tail` is the last `tail_length` output tokens (fewer at the beginning)."""
+    def apply(self, logits: torch.Tensor, output: torch.Tensor) -> None:
+        """Edits one row [V] in place, after the tokens `output`, on the same device."""
         if self.allowed_ids is not None:
             kept = logits[self.allowed_ids]
-            logits.fill_(-torch.inf)[self.allowed_ids] = kept
-        for *before, last in self.bad_words:
-            if len(before) <= len(tail) and (not before or tail[-len(before) :] == before):
-                logits[last] = -torch.inf
-        if self.end_ids is not None and num_output_tokens < self.min_tokens:
-            logits[self.end_ids] = -torch.inf
+            logits.fill_(-torch.inf).index_copy_(0, self.allowed_ids, kept)
+        if self.bad_ids is not None:
+            logits.index_fill_(0, self.bad_ids, -torch.inf)
+        for before, last in self.bad_ends:
+            if len(before) <= len(output):
+                logits[last].masked_fill_((output[-len(before) :] == before).all(), -torch.inf)
+        if self.end_ids is not None and len(output) < self.min_tokens:
+            logits.index_fill_(0, self.end_ids, -torch.inf)
         if self.bias_ids is not None:
             logits[self.bias_ids] += self.bias
 

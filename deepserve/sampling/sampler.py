@@ -68,8 +68,7 @@ class Sampler:
         for i in np.flatnonzero(columns.needs & EDITED):
             edits, prompt, end = rows.edits[i], int(rows.num_prompt_tokens[i]), int(rows.positions[i])
             if edits is not None:
-                tail = rows.history[int(rows.slots[i]), max(prompt, end - edits.tail_length) : end]
-                edits.apply(logits[i], end - prompt, tail.tolist() if edits.tail_length else [])
+                edits.apply(logits[i], rows.history[int(rows.slots[i]), prompt:end])
         chosen = np.flatnonzero(columns.needs & PENALISED)
         if len(chosen):
             ends = rows.positions[chosen]

@@ -270,13 +270,14 @@ def test_a_row_ignores_its_neighbours(vocab: int) -> None:
     assert torch.equal(logits, before), "the logits belong to the caller"
 
 
-def _unheard(count: int, vocab: int, device: str) -> SamplingRows:
-    """Rows that ask for everything but what the host has to look at tokens for: bad words of several."""
-    params = [_anything(index) for index in range(count)]
-    for one in params:
-        one.bad_words_ids = one.bad_words_ids and [[5]]
+def _everything(count: int, vocab: int, device: str) -> SamplingRows:
+    """Rows that ask for everything that there is."""
     rows = _rows(
-        params, [[1 + i % 7] * (5 + i % 9) for i in range(count)], [1 + i % 5 for i in range(count)], vocab, device
+        [_anything(index) for index in range(count)],
+        [[1 + i % 7] * (5 + i % 9) for i in range(count)],
+        [1 + i % 5 for i in range(count)],
+        vocab,
+        device,
     )
     rows.masks = np.full((count, -(-vocab // 32)), -1, np.int32)
     rows.columns.needs[::3] |= STRUCTURED
@@ -285,7 +286,7 @@ def _unheard(count: int, vocab: int, device: str) -> SamplingRows:
 
 def test_the_host_looks_at_no_value() -> None:
     """On a device that has none, looking is an error."""
-    tokens, evidence = SAMPLER.sample(torch.empty(48, 257, device="meta"), _unheard(48, 257, "meta"))
+    tokens, evidence = SAMPLER.sample(torch.empty(48, 257, device="meta"), _everything(48, 257, "meta"))
     assert (tokens.device.type, evidence.device.type) == ("meta", "meta")
 
 
@@ -293,7 +294,7 @@ def test_the_host_looks_at_no_value() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_waits_for_nothing() -> None:
     sampler = Sampler(load_kernel("argmax", "triton").function, load_kernel("sample", "triton").function)
-    rows, logits = _unheard(48, 4099, "cuda"), torch.randn(48, 4099, device="cuda")
+    rows, logits = _everything(48, 4099, "cuda"), torch.randn(48, 4099, device="cuda")
     sampler.sample(logits, rows)
     try:
         torch.cuda.set_sync_debug_mode("error")
