@@ -156,7 +156,8 @@ def test_every_graph_mode(model, mode, caplog):
     ended(llm)
     assert {name for name in FIRES["FULL"] | FIRES["PIECEWISE"] if counters.get(name)} == FIRES[mode]
     told = [line for line in caplog.messages if "Graph capturing finished" in line]
-    print(told, counters["kernels_compiled_while_serving"], "kernels compiled while serving")
+    print(told)
+    assert counters["kernels_compiled_while_serving"] == 0
     assert (len(told) == 1) == (memory.graph_bytes > 0) == (mode != "NONE")
     check(make(model, max_num_seqs=1, cudagraph_mode="NONE", off=("async_scheduling",)), prompts, rounds)
 
