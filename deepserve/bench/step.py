@@ -22,6 +22,7 @@ PARTS = {
     "forward": "the model; on a GPU until it is launched",
     "sample": "logits, tokens, drafts, what is written back",
     "host gap": "requests are there, and the runner waits for the host",
+    "idle": "beside a GPU: all is launched that can be",
 }  # one after another, from step to step
 BESIDE = {
     "schedule": "the host, in the gap unless it runs ahead",
@@ -29,6 +30,7 @@ BESIDE = {
     "update": "the host, in the gap unless it runs ahead",
     "logits": "within sample",
     "device: forward": "on the GPU, from its first kernel to its last",
+    "device: host gap": "the GPU, from a step's last kernel to the next forward",
 }
 NUM_SKIPPED = 3  # first decode steps: caches are cold
 
@@ -63,9 +65,9 @@ def run(config: Config, load: Load, with_ops: bool) -> dict[str, Any]:
         "num_requests": load.num_requests,
         "context": load.context,
         "num_steps": len(steps),
-        "step_ms": statistics.median(step["step"] + step["host gap"] for step in steps),
-        "parts_ms": {name: value for name, value in parts.items() if value},
-        "ops_step_ms": _median(detailed, "step") + _median(detailed, "host gap"),
+        "step_ms": statistics.median(map(_whole, steps)),
+        "parts_ms": {name: value for name, value in parts.items() if any(name in step for step in steps)},
+        "ops_step_ms": statistics.median(map(_whole, detailed)) if detailed else 0.0,
         "ops_ms": {name: _median(detailed, name) for name in ops - {*PARTS, *BESIDE, "step"}},
     }
 
@@ -125,6 +127,10 @@ def _events(config: Config, load: Load, file: Path, with_ops: bool) -> list[dict
     gc.collect()  # the memory is needed for the next engine
     events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
     return events
+
+
+def _whole(step: Counter[str]) -> float:
+    return step["step"] + step["host gap"] + step["idle"]
 
 
 def _median(steps: list[Counter[str]], name: str) -> float:

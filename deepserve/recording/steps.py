@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class StepTrace:
     """Lane engine: schedule, wait (for a step's result), update. Lane runner: step = prepare (rows enter their slots,
     the batch is made), forward, sample (with logits, drafts, what is written back), and host gap: the time from one
-    step to the next in which requests were there and the runner had nothing to do. Lane device, on a GPU: forward
-    from its first kernel to its last, by CUDA events.
+    step to the next in which requests were there and the runner had nothing to do. Beside a GPU that is no loss and
+    called idle. Lane device, on a GPU, by CUDA events: forward from its first kernel to its last, and host gap from the
+    last kernel of a step to the first of the next forward, copies of its inputs included.
 
     `with_ops`: calls of ops inside forward and sample too, on a GPU on its own lane.
     """
@@ -82,16 +83,20 @@ class StepTrace:
     def _add(self, add: Callable[..., Any], requests: dict[str, Any], request: Any) -> None:
         if not requests:  # until now there was nothing to do
             self._end = None
+            if self._device is not None:
+                self._device.end = None
         add(request)
 
     def _execute(self, execute: Callable[[ScheduledStep], Any], step: ScheduledStep) -> Any:
         self._begin = begin = perf_counter_ns()
         if self._end is not None:
-            self.timeline.add("runner", "host gap", self._end, begin)
+            self.timeline.add("runner", "host gap" if self._device is None else "idle", self._end, begin)
         try:
             return execute(step)
         finally:
             self._end = end = perf_counter_ns()
+            if self._device is not None:
+                self._device.end_step()
             self.timeline.add("runner", "sample", max(self._forward_end, begin), end)
             long = sum(row.num_scheduled_tokens > 1 + len(row.draft_token_ids) for row in step.rows)
             args = {"step": step.step, "requests": len(step.rows), "tokens": step.num_scheduled_tokens}
@@ -121,6 +126,7 @@ class _DeviceClock:
     def __init__(self, timeline: Timeline):
         self.timeline = timeline
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.end: torch.cuda.Event | None = None  # of the step before, while there are requests
         self._before = torch.cuda.Event(enable_timing=True)
         self._before.record()
         self._before.synchronize()
@@ -130,11 +136,18 @@ class _DeviceClock:
         """Calls it between two events."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
+        if name == "forward" and self.end is not None:
+            self._pending.append(("host gap", self.end, begin))
         result = function(*args)
         end.record()
         self._pending.append((name, begin, end))
         self.settle()
         return result
+
+    def end_step(self) -> None:
+        """All of a step has been launched."""
+        self.end = torch.cuda.Event(enable_timing=True)
+        self.end.record()
 
     def settle(self, wait: bool = False) -> None:
         """Adds the spans that are over; with `wait` all of them."""
