@@ -34,9 +34,9 @@ class Edits:
         structured = sampling.structured_outputs is not None  # then the grammar says where an end may wait
         self.end_ids = ids(ends) if self.min_tokens and not structured else None
         self.allowed_ids = ids(sampling.allowed_token_ids or ())
-        bias = sorted(sampling.logit_bias.items())
-        self.bias_ids = ids([token for token, _ in bias])
-        self.bias = there([value for _, value in bias], np.float32)
+        bias = sampling.logit_bias
+        self.bias_ids = ids(bias)
+        self.bias = there([bias[token] for token in sorted(bias)], np.float32) if bias else None
         self.bad_ids = ids(word[0] for word in sampling.bad_words_ids if len(word) == 1)
         longer = [word for word in sampling.bad_words_ids if len(word) > 1]
         self.bad_ends = [(there(word[:-1], np.int64), word[-1]) for word in longer]
@@ -57,7 +57,7 @@ class Edits:
                 logits[last].masked_fill_((output[-len(before) :] == before).all(), -torch.inf)
         if self.end_ids is not None and len(output) < self.min_tokens:
             logits.index_fill_(0, self.end_ids, -torch.inf)
-        if self.bias_ids is not None:
+        if self.bias_ids is not None and self.bias is not None:
             logits[self.bias_ids] += self.bias
 
 
