@@ -145,7 +145,7 @@ def _warm_up(plan: Plan, runner: ModelRunner) -> None:
     warm_up(runner, min(plan.max_num_batched_tokens, plan.max_model_len - 1, plan.num_blocks * plan.block_size - 1))
     if plan.device == "cuda" and no_lengths_on_the_host(plan.architecture) is None:
         most = min(plan.max_num_batched_tokens, plan.max_num_seqs * (plan.max_model_len - 1))
-        warm_up_sizes(runner, replace(_limits(plan), padding_block=0), min(plan.max_num_seqs, most), most)
+        warm_up_sizes(runner, most)
 
 
 def _record_steps(plan: Plan, forward: Forward, counters: Counter[str]) -> Forward:

@@ -87,6 +87,6 @@ def attention_row_by_row(facts: Facts, dtype: str) -> str | None:
     attention = facts.architecture.attention
     if isinstance(attention, Mla) and attention.kv_rank > LARGEST_RANK:
         return f"latents of {attention.kv_rank} channels are multiplied in as many pieces as suit the batch"
-    if isinstance(attention, Gqa) or (isinstance(attention, Mla) and attention.indexer is None):
-        return None
-    return "its attention has no kernel that is the same for every batch"
+    if no_lengths_on_the_host(facts.architecture):
+        return "its attention has no kernel that is the same for every batch"
+    return None

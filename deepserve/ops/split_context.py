@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +12,8 @@ import triton.language as tl
 from deepserve.kv_cache.spec import FIXED_BYTES
 from deepserve.ops.launch import chip, next_power_of_two
 from deepserve.ops.overlap import overlap, wait
+from deepserve.ops.paged import single_rows
+from deepserve.runner.batch import Batch
 
 HEADS = 16  # of one decode program: the narrowest tile that matrix instructions take
 MAX_SPLITS = 64
@@ -27,9 +32,13 @@ def num_splits(num_programs: int, shared_bytes: int, device: torch.device) -> in
     return min(max(at_once * found.num_multiprocessors // num_programs, 1), MAX_SPLITS)
 
 
-def fixed_rows(heads: int, size: int) -> int:
-    """How many rows FIXED_BYTES are enough for, with `size` channels a head."""
-    return max(FIXED_BYTES // (4 * FIXED_SPLITS * heads * size), 1)
+def fixed_rows(batch: Batch, heads: int, size: int) -> Iterator[tuple[slice, Batch]]:
+    """(which of the batch's tokens, a batch of them, each a row of its own), in order, as many at a time as FIXED_BYTES
+    hold the parts of, with `size` channels a head."""
+    rows, at_once = single_rows(batch), max(FIXED_BYTES // (4 * FIXED_SPLITS * heads * size), 1)
+    for start in range(0, len(rows.seq_lens), at_once):
+        some = slice(start, start + at_once)
+        yield some, replace(rows, block_table=rows.block_table[some], seq_lens=rows.seq_lens[some], derived={})
 
 
 @triton.jit

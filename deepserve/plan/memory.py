@@ -132,7 +132,6 @@ class Load:
             seen = min(seen, indexer.top_k)
             sparse = 12 * tokens * seen + 4 * max_model_len * indexer.head_dim + SPARSE_BYTES
         queries = min(tokens, seen)
-        sparse += FIXED_BYTES * self.fixed_parts
         if isinstance(a.attention, CompressedMqa):
             seen, sparse = a.attention.num_keys(max_model_len), SPARSE_BYTES
         context = seen * (width * size + queries * pair)
@@ -141,8 +140,9 @@ class Load:
         logits = 3 * 4 * min(self.max_num_seqs * (1 + self.num_speculative_tokens), tokens) * a.vocab_size
         tables = a.rope.dim * (1 + (a.compress_rope is not None))
         slots = 4 * max_model_len * (2 * self.max_num_seqs + tables)
+        parts = FIXED_BYTES if self.fixed_parts else 0
         runtime = 0 if self.hardware.kind == "cpu" else GPU_RUNTIME_BYTES
-        return int(self.layer_bytes(tokens) + context + sparse + logits + slots) + runtime
+        return int(self.layer_bytes(tokens) + context + sparse + logits + slots) + parts + runtime
 
     def layer_bytes(self, tokens: int) -> float:
         """Of what is alive at a time in the widest layer of a step, attention's context apart."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from deepserve import LLM, SamplingParams
-from deepserve.runner.padding import BatchLimits
 from deepserve.runner.warm_up import warm_up_sizes
 from tests.tiny import write_checkpoint
 
@@ -31,7 +30,7 @@ def test_sizes_come_by_and_leave_nothing(family, tmp_path) -> None:
         return forward(batch)
 
     runner.forward = seen
-    warm_up_sizes(runner, BatchLimits(llm.plan.block_size, 64, 0), 6, 150)
+    warm_up_sizes(runner, 150)
     runner.forward = forward
     rows = [len(batch.query_lens) for batch in batches if set(batch.query_lens) == {1}]
     assert rows == [1, 2, 4, 6, 1]

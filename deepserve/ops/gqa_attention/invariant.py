@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from deepserve.ops.gqa_attention.triton import decode
 from deepserve.ops.op import Kernel
-from deepserve.ops.paged import single_rows
 from deepserve.ops.split_context import FIXED_SPLITS, fixed_rows
 from deepserve.runner.batch import Batch
 
@@ -23,11 +20,8 @@ def gqa_attention(
 ) -> torch.Tensor:
     """See spec.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    rows, at_once = single_rows(batch), fixed_rows(*q.shape[1:])
-    for start in range(0, len(q), at_once):
-        some = slice(start, start + at_once)
-        part = replace(rows, block_table=rows.block_table[some], seq_lens=rows.seq_lens[some])
-        decode(q[some], cache, part, scale, window, out[some], FIXED_SPLITS)
+    for some, rows in fixed_rows(batch, *q.shape[1:]):
+        decode(q[some], cache, rows, scale, window, out[some], FIXED_SPLITS)
     return out
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from deepserve.ops.linear.invariant import product
+from deepserve.ops.linear.invariant import tile_of
+from deepserve.ops.linear.product import product
 from deepserve.ops.op import Kernel
 
 
@@ -12,7 +13,7 @@ def head_matmul(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | 
     """See spec.py. weight is contiguous."""
     if out is None:
         out = torch.empty((len(hidden), len(weight)), dtype=torch.float32, device=hidden.device)
-    return product(hidden, weight, None, out)
+    return product(hidden, weight, None, out, tile_of(hidden))
 
 
 KERNEL = Kernel("head_matmul", "invariant", head_matmul)

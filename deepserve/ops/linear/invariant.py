@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from deepserve.ops.launch import chip
+from deepserve.ops.linear.product import product
 from deepserve.ops.op import Kernel
-from deepserve.ops.overlap import overlap, wait
 
 FEW_ROWS, SOME_ROWS = 32, 1024
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _product_kernel(
-    x,  # [num_rows, WIDTH] at row stride x_stride
-    weight,  # [OUT, WIDTH]
-    bias,  # [OUT] or None
-    out,  # [num_rows, OUT]
-    num_rows,
-    x_stride,
-    WIDTH: tl.constexpr,
-    OUT: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """[columns, rows]: columns are what fills the instruction, so that there may be few rows; it sums K of 16 at once,
-    one 16 after the other, whatever N, M and K are."""
-    wait(OVERLAP)
-    column = tl.program_id(0) * N + tl.arange(0, N)
-    row = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
-    channel = tl.arange(0, K)
-    left = weight + column[:, None].to(tl.int64) * WIDTH + channel[None, :]
-    right = x + row[None, :] * x_stride + channel[:, None]
-    total = tl.zeros((N, M), tl.float32)
-    for start in range(0, WIDTH, K):
-        inside = start + channel < WIDTH
-        a = tl.load(left + start, (column < OUT)[:, None] & inside[None, :], 0.0)
-        b = tl.load(right + start, inside[:, None] & (row < num_rows)[None, :], 0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-    if bias is not None:
-        total += tl.load(bias + column, column < OUT, 0.0).to(tl.float32)[:, None]
-    mask = (column < OUT)[:, None] & (row < num_rows)[None, :]
-    tl.store(out + row[None, :] * OUT + column[:, None], total.to(out.dtype.element_ty), mask)
-
-
-def _tile(num_rows: int, is_amd: bool, wide: bool) -> tuple[int, int, int, int, int]:
+def tile_of(x: torch.Tensor) -> tuple[int, int, int, int, int]:
     """Columns, rows, channels, warps and stages. At least 32 rows: AMD's instructions of 16 sum in another order."""
-    if wide:
+    is_amd, num_rows = chip(x.device).is_amd, len(x)
+    if x.element_size() > 2:
         return 32, 32, 32, 4, 1
     if num_rows <= FEW_ROWS:
         return 64, 32, 128, 4, 2 if is_amd else 4
@@ -59,20 +23,10 @@ def _tile(num_rows: int, is_amd: bool, wide: bool) -> tuple[int, int, int, int, 
     return 128, 128, 64, 8, 4
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """x [T, WIDTH] times the transpose of weight [OUT, WIDTH], plus bias [OUT], to out [T, OUT] in its dtype."""
-    (num_rows, width), columns = x.shape, weight.shape[0]
-    n, m, k, warps, stages = _tile(num_rows, chip(x.device).is_amd, x.element_size() > 2)
-    _product_kernel[(triton.cdiv(columns, n), triton.cdiv(num_rows, m))](
-        x, weight, bias, out, num_rows, x.stride(0), width, columns, n, m, k, num_warps=warps, num_stages=stages,
-        **overlap(x.device),
-    )  # fmt: skip
-    return out
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See spec.py. weight is contiguous."""
-    return product(x, weight, bias, torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device))
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    return product(x, weight, bias, out, tile_of(x))
 
 
 KERNEL = Kernel("linear", "invariant", linear)

@@ -5,14 +5,11 @@ A prompt costs more than as one row, because each of its tokens reads the contex
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from deepserve.ops.mla_attention.entries import Entries
 from deepserve.ops.mla_attention.triton import head_product, mix_in_parts
 from deepserve.ops.op import Kernel
-from deepserve.ops.paged import single_rows
 from deepserve.ops.split_context import fixed_rows
 from deepserve.runner.batch import Batch
 
@@ -33,13 +30,11 @@ def mla_attention(
     heads, v_dim, rank = w_uv.shape
     if out is None:
         out = torch.empty((len(q_nope), heads, v_dim), dtype=q_nope.dtype, device=q_nope.device)
-    rows, entries, at_once = single_rows(batch), Entries.plain(cache, rank), fixed_rows(heads, rank)
-    for start in range(0, len(q_nope), at_once):
-        some = slice(start, start + at_once)
-        part = replace(rows, block_table=rows.block_table[some], seq_lens=rows.seq_lens[some])
-        q_latent = torch.empty((heads, len(part.seq_lens), rank), dtype=q_nope.dtype, device=q_nope.device)
+    entries = Entries.plain(cache, rank)
+    for some, rows in fixed_rows(batch, heads, rank):
+        q_latent = torch.empty((heads, len(rows.seq_lens), rank), dtype=q_nope.dtype, device=q_nope.device)
         head_product(q_nope[some], w_uk, q_latent.transpose(0, 1), TOKENS)
-        mixed = mix_in_parts(q_latent, q_rope[some], entries, part, scale)
+        mixed = mix_in_parts(q_latent, q_rope[some], entries, rows, scale)
         head_product(mixed.transpose(0, 1), w_uv.transpose(1, 2), out[some], TOKENS)
     return out
 

@@ -60,7 +60,7 @@ def rms_norm_quant_fp8(
     groups = next_power_of_two(scales.shape[1])
     _rms_norm_quant_fp8_kernel[(num_rows,)](
         x, weight, x8, scales, eps, x.stride(0), torch.finfo(dtype).max, FLOOR, power_of_two, size, group, groups,
-        num_warps=min(num_warps(groups * group), 8), **overlap(x.device),
+        num_warps=min(num_warps(groups * group), 8), **overlap(x.device),  # 16 wait for one another
     )  # fmt: skip
     return x8, scales
 
